@@ -1,0 +1,30 @@
+# The commands of the project. `make demo` and `make test` need Python 3.11 or newer and nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check setup clean
+
+setup: $(READY)
+
+# Set up once; again only when what is declared has changed.
+$(READY): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,eval,app,dev]"
+	touch $@
+
+# World, two stages of training, evaluation, export, verification, four questions: about ten minutes.
+demo: $(READY)
+	$(BIN)/phi-mm demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,49 @@
+"""Packaging of phi-mm: `pip install .` for inference, `pip install ".[train,app,eval,dev]"` for
+everything.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "accelerate>=1.15",
+    "huggingface_hub>=1.0",
+    "librosa>=0.11",
+    "numpy>=1.26",
+    "pillow>=11.0",
+    "soundfile>=0.13",
+    "soxr>=0.5",
+    "torch>=2.6",
+    "transformers>=5.23",
+]
+EXTRAS = {
+    "train": [
+        "bitsandbytes>=0.50",
+        "datasets>=5.0",
+        "espeakng-loader>=0.2",
+        "peft>=0.21",
+        "pyyaml>=6.0",
+        "tensorboard>=2.18",
+        "tqdm>=4.66",
+        "trackio>=0.40",
+    ],
+    "eval": ["datasets>=5.0", "evaluate>=0.4.6", "jiwer>=4.0", "pyyaml>=6.0", "tqdm>=4.66"],
+    "app": ["gradio>=6.31"],
+    "dev": ["pytest>=8.0", "ruff>=0.12"],
+}
+
+setup(
+    name="phi-mm",
+    version="0.1.0",
+    description="A Phi language model that sees and hears: train, measure and ship your own",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["modeling_phi_mm", "processing", "phi_mm", "phi_mm.*"]),
+    package_data={"processing": ["*.jinja"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["phi-mm = phi_mm.cli:main"]},
+)
