@@ -1,0 +1,107 @@
+"""Recipes: strict keys and types, overrides, round trip. `pytest tests/training/test_recipes.py`"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from phi_mm.recipes import load_recipe, save_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+PLAIN = """
+model: {text: some/phi, vision: some/clip}
+data: {train: rows.json}
+tune: {language_model: frozen}
+training: {output_dir: out, learning_rate: 2e-5}
+"""
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    path = tmp_path / "plain.yaml"
+    path.write_text(PLAIN)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_shipped_recipe_loads_and_names_its_own_command(path: Path):
+    recipe = load_recipe(path)
+    command = f"train.py recipes/{path.parent.name}/{path.name}"
+    assert command in path.read_text()
+    assert recipe.run_dir.name == path.stem
+    if path.stem == "stage2":
+        stage1 = load_recipe(path.with_name("stage1.yaml"))
+        assert Path(recipe.model.init_from) == stage1.run_dir
+        ours, theirs = vars(recipe.model) | {"init_from": None}, vars(stage1.model)
+        assert ours == theirs
+
+
+def test_there_are_two_stages_for_each_base():
+    names = {(path.parent.name, path.stem) for path in RECIPES}
+    bases = ("tiny", "phi-2", "phi-3.5-mini")
+    assert names == {(base, stage) for base in bases for stage in ("stage1", "stage2")}
+
+
+def test_scientific_notation_without_a_dot_is_a_number(plain: Path):
+    arguments = load_recipe(plain, ["training.weight_decay=1e-2"]).training_arguments()
+    assert (arguments.learning_rate, arguments.weight_decay) == (2e-5, 1e-2)
+
+
+def test_overrides_reach_every_section(plain: Path):
+    overrides = ["training.max_steps=7", "data.train=[a.json, {path: b.json, weight: 2}]"]
+    overrides += ["tune.language_model=qlora", "lora.r=3", "model.audio=some/whisper"]
+    recipe = load_recipe(plain, overrides)
+    assert recipe.training_arguments().max_steps == 7
+    assert recipe.data.train == [{"path": "a.json"}, {"path": "b.json", "weight": 2}]
+    assert recipe.lora == {"r": 3}
+    assert recipe.model.audio == "some/whisper"
+
+
+def test_our_training_defaults_hold_and_yield(plain: Path):
+    arguments = load_recipe(plain).training_arguments()
+    assert arguments.remove_unused_columns is False
+    assert arguments.prediction_loss_only is True
+    assert arguments.dataloader_pin_memory is torch.cuda.is_available()
+    changed = load_recipe(plain, ["training.logging_steps=3"]).training_arguments()
+    assert changed.logging_steps == 3
+
+
+def test_saved_recipe_is_read_back_equal(plain: Path, tmp_path: Path):
+    recipe = load_recipe(plain, ["lora.r=3", "tune.language_model=lora", "features=cached"])
+    save_recipe(recipe, tmp_path / "run" / "recipe.yaml")
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("training.max_step=3", "'max_step' in section training; the nearest is 'max_steps'"),
+        ("model.audio_stak=3", "'audio_stak' in section model; the nearest is 'audio_stack'"),
+        ("quantisation.load_in_4bit=true", "'quantisation' .* the nearest is 'quantization'"),
+        ("lora.rank=3", "'rank' in section lora"),
+        ("evaluation=[{task: a, data: b, metrik: c}]", "'metrik' in section evaluation"),
+        ("model.image_pool=two", "image_pool"),
+        ("tune.language_model=all", "language_model"),
+        ("features=sometimes", "expected live or cached"),
+        ("data.train=3", "expected a path or a mapping"),
+        ("data.train=[{weight: 2}]", "no `path`"),
+        ("training.max_steps", "expected section.key=value"),
+        ("features.dir=x", "features is not a section"),
+        ("model.vision=null", "give at least one tower"),
+        ("lora.r=3", "section lora is given but tune.language_model is frozen"),
+        ("quantization.load_in_4bit=true", "section quantization is given"),
+        ("features_dir=x", "features is live"),
+        ("training.output_dir=null", "output_dir is missing"),
+        ("training.label_smoothing_factor=0.1", "label_smoothing"),
+    ],
+)
+def test_what_nobody_would_read_is_refused(plain: Path, override: str, complaint: str):
+    start = ["features=live"] if override.startswith("features.") else []
+    with pytest.raises(ValueError, match=complaint):
+        load_recipe(plain, [*start, override])
+
+
+def test_lora_targets_are_not_the_recipes_business(plain: Path):
+    with pytest.raises(ValueError, match="target_modules"):
+        load_recipe(plain, ["tune.language_model=lora", "lora.target_modules=all-linear"])
