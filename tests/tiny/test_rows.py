@@ -18,11 +18,11 @@ from phi_mm.tiny.speech import TEST_VOICES, TRAIN_VOICES, VALIDATION_VOICES
 from phi_mm.tiny.wordings import named_pairs
 
 AMOUNTS = {
-    "images": 300,
-    "speeches": 40,
-    "sentences": 30,
+    "images": 120,
+    "speeches": 20,
+    "sentences": 10,
     "texts": 400,
-    "validation": 8,
+    "validation": 4,
     "test": 40,
 }
 FEW = {"images": 4, "speeches": 2, "sentences": 2, "texts": 2, "validation": 1, "test": 2}
@@ -59,7 +59,8 @@ def test_nothing_held_out_is_in_a_training_row(world):
         assert not named_pairs(" | ".join(texts)) & held, row
         assert all(split_of(sentence) == "train" for sentence in spoken), row
         assert set(row.get("voices", [])) <= set(TRAIN_VOICES), row
-        assert all(f"/train_{kind}" in path for kind, path in media_of(row)), row
+        media = [row.get("image", "images/train_"), *row.get("audio", [])]
+        assert all("/train_" in path for path in media), row
         if "image" in row:
             # Colours without a name leave nothing to hold out in the scene but its shapes.
             coloured = any(colour in row["scene"].split() for colour in COLOURS)
@@ -69,11 +70,7 @@ def test_nothing_held_out_is_in_a_training_row(world):
                 assert question == "<audio>" or split_of(question) == "train", row
         seen["rows"] += 1
         seen["turns"] += len(texts)
-    assert seen["rows"] > 1000 and seen["turns"] > 8000
-
-
-def media_of(row):
-    return [("picture", row["image"])] * ("image" in row) + [("", p) for p in row.get("audio", [])]
+    assert seen["rows"] > 700 and seen["turns"] > 5000
 
 
 @pytest.mark.parametrize("folder", ["val", "test"])
@@ -126,7 +123,7 @@ def test_stage1_has_long_picture_conversations_and_repetitions(world):
     rows = rows_of(world, "stage1.json")
     pictures = [row for row in rows if "image" in row]
     repetitions = [row for row in rows if "audio" in row]
-    assert len(pictures) == 300 and len(pictures) + len(repetitions) == len(rows)
+    assert len(pictures) == 120 and len(pictures) + len(repetitions) == len(rows)
     assert {len(said(row, "human")) for row in pictures} == {6, 7, 8, 9, 10}
     for row in pictures:
         texts = said(row, "human")
@@ -154,15 +151,15 @@ def test_pictures_in_unnamed_colours_are_never_asked_for_a_colour(world):
 def test_what_pictures_hold_is_what_is_said_of_them(world):
     numbers = {"one": 1, "two": 2, "three": 3, "four": 4}
     checked = Counter()
-    for row in rows_of(world, "stage1.json"):
+    for row in (row for row in rows_of(world, "stage1.json") if "image" in row):
         for question, answer in zip(said(row, "human"), said(row, "gpt"), strict=True):
             if answer.startswith("a ") and re.search(r" (on|at|in) the ", answer):
                 assert answer == row["scene"]
                 checked["describe"] += 1
-            elif re.search(r"number of (things|shapes)( |\?|\.)", question) and "image" in row:
+            elif re.search(r"number of (things|shapes)( |\?|\.)", question):
                 assert numbers[answer] == row["scene"].count(" and ") + 1
                 checked["total"] += 1
-    assert checked["describe"] > 200 and checked["total"] > 30
+    assert checked["describe"] > 80 and checked["total"] > 10
 
 
 def test_stage2_mixes_typed_and_spoken_turns(world):
@@ -170,8 +167,8 @@ def test_stage2_mixes_typed_and_spoken_turns(world):
     spoken = [len(rows[f"train_picture_{number:05d}"].get("audio", [])) for number in range(8)]
     assert spoken == [0, 2, 0, 1] * 2
     kinds = Counter(name.split("_")[1] for name in rows)
-    assert (kinds["picture"], kinds["speech"], kinds["text"]) == (300, 40, 400)
-    assert kinds["repetition"] > 30
+    assert (kinds["picture"], kinds["speech"], kinds["text"]) == (120, 20, 400)
+    assert kinds["repetition"] > 15
     both = [row for row in rows.values() if "image" in row and "audio" in row]
     assert any(said(row, "human")[0] == "<image>\n<audio>" for row in both)
     assert any("<audio>" in said(row, "human")[1:] for row in both)

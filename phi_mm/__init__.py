@@ -1,0 +1,1 @@
+"""phi-mm: a Phi language model that sees and hears."""

@@ -1,0 +1,1 @@
+"""The tiny world: drawn scenes, plain sentences about them, speech, and small base models."""

@@ -1,0 +1,190 @@
+"""What the tiny model is taught: conversations about pictures, recordings and plain text."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+
+from phi_mm.tiny.drawing import draw
+from phi_mm.tiny.facts import arithmetic, fact, greeting
+from phi_mm.tiny.language import (
+    MAX_LETTERS,
+    MAX_WORDS,
+    REPEAT,
+    describe,
+    sentence,
+    text_dialogue,
+)
+from phi_mm.tiny.questions import KINDS, Question, ask
+from phi_mm.tiny.scenes import Scene, caption, sample_scene
+from phi_mm.tiny.speech import SAMPLE_RATE, speak
+
+# Pictures in colours without a name, and questions that name none: they break the habit of
+# guessing a shape from its colour, which is wrong on pairs never seen.
+UNNAMED_SHARE = 0.3
+STAGE1_TURNS = (6, 10)
+# Stage 2 takes the pictures through these in turn: how many turns are typed, how many spoken.
+STAGE2_TURNS = (((5, 8), 0), ((0, 0), 2), ((5, 8), 0), ((3, 4), 1))
+SMALL_TALK_SHARE = 0.06  # typed turns beside a picture that are not about it
+SPEECH_TURNS = (1, 3)
+SCENE_SHARE = 0.5  # spoken conversations without a picture that are about a scene in words
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A sound file of the world and what is said in it."""
+
+    path: str
+    text: str
+    voice: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One piece of the world: the same in any process, since its chance depends on it alone."""
+
+    out: Path
+    seed: int
+    split: str
+    kind: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}_{self.kind}_{self.number:05d}"
+
+    def chance(self) -> random.Random:
+        return random.Random(f"{self.seed} {self.name}")
+
+    def draw(self, scene: Scene, rng: random.Random, unnamed_colours: bool = False) -> str:
+        """Write a picture of the scene; returns its path from `out`."""
+        path = f"images/{self.name}.png"
+        draw(scene, rng, unnamed_colours).save(self.out / path)
+        return path
+
+    def record(self, text: str, rng: random.Random, take: int = 0) -> Recording:
+        """Have a voice of the split say the text, and write it (16 kHz mono, 16 bit)."""
+        path = f"audio/{self.name}_{take}.flac"
+        said = speak(text, rng, self.split)
+        soundfile.write(self.out / path, said.audio, SAMPLE_RATE, subtype="PCM_16")
+        return Recording(path, text, said.voice)
+
+
+def speakable(text: str) -> bool:
+    """Whether the text surely fits into the tiny Whisper's window of 4 s."""
+    return len(text.split()) <= MAX_WORDS and len(text) <= MAX_LETTERS
+
+
+def questions(
+    scene: Scene, rng: random.Random, split: str, coloured: bool, spoken: bool = False
+) -> Iterator[Question]:
+    """Ever new questions about the scene, kind after kind, none in the same words twice."""
+    asked = set()
+    while True:
+        for kind in rng.sample(KINDS, len(KINDS)):
+            found = ask(scene, kind, rng, split, coloured)
+            if found and found.text not in asked and (not spoken or speakable(found.text)):
+                asked.add(found.text)
+                yield found
+
+
+def told(scene: Scene, rng: random.Random) -> str:
+    """The scene in words, to stand before a question about it."""
+    return f"{describe(scene, rng)}. "
+
+
+def small_talk(rng: random.Random, split: str) -> Question:
+    """A fact, a sum in words or a greeting: what can be asked aloud without a scene."""
+    [make] = rng.choices((fact, arithmetic, greeting), (0.55, 0.4, 0.05))
+    while True:
+        said = make(rng, split, digits=False) if make is arithmetic else make(rng, split)
+        if speakable(said.text):
+            return said
+
+
+def as_row(
+    name: str,
+    turns: list[tuple[str, str]],
+    image: str | None = None,
+    recordings: list[Recording] | None = None,
+    **fields: str,
+) -> dict:
+    """A row in the form of LLaVA-Instruct-150K, with recordings beside the picture."""
+    row: dict = {"id": name}
+    if image:
+        row["image"] = image
+        turns = [(f"<image>\n{turns[0][0]}", turns[0][1]), *turns[1:]]
+    if recordings:
+        row["audio"] = [recording.path for recording in recordings]
+        row["transcripts"] = [recording.text for recording in recordings]
+        row["voices"] = [recording.voice for recording in recordings]
+    row["conversations"] = [
+        {"from": speaker, "value": text}
+        for turn in turns
+        for speaker, text in zip(("human", "gpt"), turn, strict=True)
+    ]
+    return {**row, **fields}
+
+
+def picture(item: Item) -> tuple[dict, dict, list[Recording]]:
+    """A picture's typed conversation for stage 1 and its typed or spoken one for stage 2."""
+    rng = item.chance()
+    scene = sample_scene(rng, item.split)
+    unnamed = rng.random() < UNNAMED_SHARE
+    image = item.draw(scene, rng, unnamed)
+    drawn = caption(scene, coloured=not unnamed)
+
+    written = questions(scene, rng, item.split, not unnamed)
+    turns = [next(written) for _ in range(rng.randint(*STAGE1_TURNS))]
+    stage1 = as_row(item.name, [(q.text, q.answer) for q in turns], image, scene=drawn)
+
+    (least, most), spoken = STAGE2_TURNS[item.number % len(STAGE2_TURNS)]
+    turns = [
+        small_talk(rng, item.split) if rng.random() < SMALL_TALK_SHARE else next(written)
+        for _ in range(rng.randint(least, most))
+    ]
+    aloud = questions(scene, rng, item.split, not unnamed, spoken=True)
+    said = [next(aloud) for _ in range(spoken)]
+    recordings = [item.record(q.text, rng, take) for take, q in enumerate(said)]
+    mixed = [(q.text, q.answer) for q in turns]
+    # The recordings keep their order, whatever is typed in between.
+    places = sorted(rng.sample(range(len(turns) + spoken), spoken))
+    for place, question in zip(places, said, strict=True):
+        mixed.insert(place, ("<audio>", question.answer))
+    stage2 = as_row(item.name, mixed, image, recordings, scene=drawn)
+    return stage1, stage2, recordings
+
+
+def speech(item: Item) -> tuple[dict, list[Recording]]:
+    """Spoken questions without a picture, half of them about a scene that is described in words."""
+    rng = item.chance()
+    count = rng.randint(*SPEECH_TURNS)
+    if rng.random() < SCENE_SHARE:
+        scene = sample_scene(rng, item.split)
+        aloud = questions(scene, rng, item.split, coloured=True, spoken=True)
+        said = [next(aloud) for _ in range(count)]
+        opening = told(scene, rng)
+    else:
+        said = [small_talk(rng, item.split) for _ in range(count)]
+        opening = ""
+    turns = [(("" if take else opening) + "<audio>", q.answer) for take, q in enumerate(said)]
+    recordings = [item.record(q.text, rng, take) for take, q in enumerate(said)]
+    return as_row(item.name, turns, recordings=recordings), recordings
+
+
+def text(item: Item) -> dict:
+    """A conversation in text alone, so that the language model keeps what it can do."""
+    return as_row(item.name, text_dialogue(item.chance(), item.split))
+
+
+def recorded_sentence(item: Item) -> Recording:
+    """A recording of one sentence."""
+    rng = item.chance()
+    return item.record(sentence(rng, item.split), rng)
+
+
+def repetition(recording: Recording, rng: random.Random) -> tuple[str, str]:
+    """A turn that asks to write down what is said, in the words the language model knows."""
+    return rng.choice(REPEAT).format(x="<audio>"), recording.text.removesuffix(".")
