@@ -1,4 +1,4 @@
-"""Batches and losses that train the tiny CLIP: region phrases, pseudo-held-out pairs, captions."""
+"""Batches and losses that train the tiny CLIP: region phrases and captions."""
 
 import math
 from dataclasses import dataclass
@@ -30,8 +30,6 @@ MEAN = (0.76, 0.75, 0.75)  # of drawn pictures, rounded; saved in preprocessor_c
 STD = (0.2, 0.2, 0.2)
 COLOUR_NAMES = tuple(COLOURS)
 UNNAMED = -1  # colour label of a thing whose colour has no name
-EPISODE_QUERY = 0.33
-EPISODE_RIDGE = 0.3
 CAPTION_THINGS = 3  # a caption names at most so many things of its picture
 PHRASES = (
     *(f"a {colour} shape" for colour in COLOUR_NAMES),
@@ -53,7 +51,7 @@ class Mixture:
     pictures: int = 64
     captions: int = 32
     max_things: int = 7
-    unnamed_share: float = 0.4
+    unnamed_share: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,6 @@ class RegionHeads(nn.Module):
         self.project = nn.Linear(width, projection)
         self.locate = nn.Linear(width, 2)
         self.log_scale = nn.Parameter(torch.tensor(math.log(12.0)))
-        self.log_episode_scale = nn.Parameter(torch.tensor(math.log(6.0)))
 
 
 def encode(model: CLIPModel, pixels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
@@ -203,35 +200,7 @@ def region_loss(
     empty[at] = 0
     presence = F.cross_entropy(by_presence.flatten(0, 1), empty.flatten())
     offset = F.mse_loss(heads.locate(means[at]), batch.offset)
-    return colour + 2 * shape + size + 0.5 * presence + 0.5 * offset, shape
-
-
-def episode_loss(cells: Tensor, batch: Batch, heads: RegionHeads, rng: Random) -> Tensor:
-    """Pseudo-held-out pairs: a linear reader that never met a pair must still read it.
-
-    One shape of each colour, drawn anew each step, is set aside with a third of the other things.
-    Ridge regression from cells to shape and to colour is solved in closed form on the rest, and
-    has to be right on what was set aside. This drives shape and colour into directions in which
-    a reader trained on some pairs does not learn that the others cannot be. After R2D2, Bertinetto
-    et al. 2019, "Meta-learning with differentiable closed-form solvers".
-    """
-    named = batch.colour != UNNAMED
-    colour, shape = batch.colour[named], batch.shape[named]
-    x = cells[batch.picture, batch.place][named]
-    held_shape = torch.tensor([rng.randrange(len(SHAPES)) for _ in COLOUR_NAMES])
-    aside = held_shape[colour] == shape
-    aside |= torch.tensor([rng.random() < EPISODE_QUERY for _ in range(len(x))])
-    known, asked = x[~aside], x[aside]
-    mean = known.mean(0)
-    kernel = (known - mean) @ (known - mean).T
-    targets = torch.cat([F.one_hot(shape, len(SHAPES)), F.one_hot(colour, len(COLOUR_NAMES))], 1)
-    targets = targets[~aside].float()
-    ridge = EPISODE_RIDGE * kernel.diagonal().mean() * torch.eye(len(kernel))
-    solved = torch.linalg.solve(kernel + ridge, targets - targets.mean(0))
-    read = (asked - mean) @ (known - mean).T @ solved + targets.mean(0)
-    read = heads.log_episode_scale.exp() * read
-    by_shape, by_colour = read.split((len(SHAPES), len(COLOUR_NAMES)), dim=1)
-    return F.cross_entropy(by_shape, shape[aside]) + F.cross_entropy(by_colour, colour[aside])
+    return colour + 4 * shape + size + 0.5 * presence + 0.5 * offset, shape
 
 
 def caption_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ SIZE = 48  # pixels a side; lengths below are in pixels of a picture of this siz
 SUPERSAMPLE = 4
 CELLS = 3  # a picture is a 3x3 grid of labelled places
 CELL_MARGIN = 1.0  # a centre keeps this far from its cell's border: its place is never in doubt
-RADII = {"small": (3.5, 4.2), "large": (5.8, 6.5)}
-MAX_TURN = math.radians(20)
+RADII = {"small": (3.8, 4.4), "large": (5.8, 6.3)}
+MAX_TURN = math.radians(15)
 COLOUR_JITTER = 10  # a named colour moves at most this far in each of R, G, B
 UNNAMED_DISTANCE = 60.0  # RGB distance that an unnamed colour keeps from every named one
 CONTRAST = 80.0  # least RGB distance between a thing and the background
@@ -74,7 +74,7 @@ def _heart(scale: float) -> list[tuple[float, float]]:
 # Outlines for radius 1, scaled so that all shapes of one size look equally big.
 OUTLINES: dict[str, list[tuple[float, float]]] = {
     "circle": _regular(32, 1.0),
-    "square": _square(0.88),
+    "square": _square(0.92),
     "triangle": _regular(3, 1.25),
     "star": _regular(5, 1.25, inner=0.5),
     "cross": _cross(1.15, 0.38),
@@ -200,7 +200,7 @@ def draw(scene: Scene, rng: Random, unnamed_colours: bool = False, size: int = S
     """A picture (RGB, `size` x `size`) of the scene; the same scene never looks the same twice.
 
     Each thing's centre lies in the cell of the 3x3 grid that its place names, anywhere in it; the
-    thing lies inside the picture and hides no other. It is turned by up to 20 degrees and drawn in
+    thing lies inside the picture and hides no other. It is turned by up to 15 degrees and drawn in
     its named colour, slightly varied, on a light background with uneven light and noise.
 
     unnamed_colours: each thing gets a random colour far from all named ones instead of its own,

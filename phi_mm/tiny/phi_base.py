@@ -17,7 +17,7 @@ from phi_mm.tiny.phi_gate import measure, write_report
 from phi_mm.tiny.phi_training import END, Recipe, render, train
 from phi_mm.tiny.scenes import sample_scene
 
-CORPUS_DIALOGUES = 12_000
+CORPUS_DIALOGUES = 6_000
 SPARE_IDS = 16  # rows of the embedding that no token of the tokenizer uses, for media tokens
 # The turns' marks are one token each, a word goes with the space before it, digits are single.
 PIECES = r"\n(?:Instruct|Output):|Instruct:| ?[a-z]+| ?[A-Z]+[a-z]*| ?[0-9]| ?[^\sA-Za-z0-9]|\s"
@@ -129,7 +129,7 @@ def save_checkpoint(model: PhiForCausalLM, tokenizer: PreTrainedTokenizerFast, o
 
 
 def build(
-    out: Path, seed: int, work: Path, steps: int = 5500, gate_questions: int = 150
+    out: Path, seed: int, work: Path, steps: int = 6400, gate_questions: int = 150
 ) -> dict[str, list]:
     """Trains the tiny Phi, writes it to `out` with its measured gate, returns the gate.
 

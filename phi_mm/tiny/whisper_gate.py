@@ -146,8 +146,9 @@ def write_gate(out: Path, rows: list[Metric], seed: int, steps: int) -> None:
     table = "\n".join(f"| {r.name} | {r.value:.4f} | {r.n} | {r.split} |" for r in rows)
     (out / "README.md").write_text(f"""# tiny-whisper
 
-A Whisper of 4 s windows, 40 mels and about 1.5 million weights, trained from scratch on espeak-ng
-voices that speak the sentences of the tiny world. It knows no other words and no human voice.
+A Whisper of 4 s windows, 40 mels and 1.3 million weights, trained from scratch on espeak-ng voices
+that speak the sentences of the tiny world. It knows no other words and no human voice, and it
+predicts no timestamps: cut longer recordings into windows (`chunk_length_s=4` in the ASR pipeline).
 Made by `phi-mm tiny build-bases` (seed {seed}, {steps} steps).
 
 Gate: word error rate at most {_LIMIT:.0%} on voices and sentences that training never met, greedy
@@ -158,5 +159,6 @@ Gate: word error rate at most {_LIMIT:.0%} on voices and sentences that training
 {table}
 
 Held-out voices are other timbres of the same synthesiser, not other people. Words are compared
-without punctuation; "exact text" counts it.
+without punctuation; "exact text" counts it. Random words are drawn evenly from the vocabulary and
+make no sentence: the decoder, which has learned sentences, guesses more than the encoder hears.
 """)

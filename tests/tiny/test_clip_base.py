@@ -1,5 +1,6 @@
 """The tiny CLIP: its build, its file formats, and what the committed checkpoint can read."""
 
+import copy
 from pathlib import Path
 from random import Random
 
@@ -71,9 +72,23 @@ def test_loads_through_the_auto_classes(fresh):
         texts = clip_training.encode_text(run.model, run.tokenizer, ["a small red star", "nothing"])
     assert states[-2].shape == (1, 37, 128)
     cells = clip_training.merge(states[-2][:, 1:])
-    assert torch.allclose(cells, images[0], atol=0.02)  # half precision on disk
+    shrunk = images[0] * (cells.norm() / images[0].norm())  # the checkpoint is levelled
+    assert torch.allclose(cells, shrunk, atol=0.02)  # half precision on disk
     expected = run.model.logit_scale.exp() * images[1] @ texts.T
     assert torch.allclose(scores, expected, atol=0.05)
+
+
+def test_levelled_features_have_mean_square_one_and_equal_outputs(fresh):
+    run, _ = fresh
+    batch = clip_training.make_batch(Random(5), clip_training.Mixture(), 1.0)
+    model = copy.deepcopy(run.model)
+    clip_base.level(model, batch.pixels)
+    with torch.no_grad():
+        before, images = clip_training.encode(run.model, batch.pixels, 8)
+        after, levelled = clip_training.encode(model, batch.pixels, 8)
+    assert after.square().mean().item() == pytest.approx(1, abs=1e-4)
+    assert torch.allclose(after, before * before.square().mean().rsqrt(), atol=1e-3)
+    assert torch.allclose(levelled, images, atol=1e-3)
 
 
 def test_saved_image_processor_equals_the_pixels_of_training(fresh):

@@ -1,4 +1,7 @@
-"""Assembly: what is loaded, adapted, quantised, refused. `pytest tests/training/test_assembly.py`"""
+"""Assembly: what is loaded, adapted, quantised, refused.
+
+pytest tests/training/test_assembly.py
+"""
 
 import shutil
 from pathlib import Path
@@ -88,7 +91,7 @@ def test_four_bit_leaves_towers_projectors_and_head_float(recipe, text: str):
 
 def test_summary_counts_are_exact(recipe):
     model, _ = assemble(recipe("lora.r=4"))
-    # width 32, feed-forward 64, 320 tokens, two layers; 16 patches and a class token of 4x4x3 pixels
+    # width 32, feed-forward 64, 320 tokens, two layers; 16 patches of 4x4x3 and a class token
     layer = 4 * 32 * 32 + 2 * 32 * 64
     biases = 4 * 32 + 64 + 32
     tower_layer = layer + biases + 4 * 32

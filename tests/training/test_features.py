@@ -84,9 +84,7 @@ def test_cached_batches_give_the_live_loss(recipe, rows: Path, tmp_path: Path):
     assert "pixel_values" in live and "pixel_values" not in cached
     assert torch.equal(live["input_ids"], cached["input_ids"])
     with torch.no_grad():
-        torch.testing.assert_close(
-            model(**cached).loss, model(**live).loss, atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(model(**cached).loss, model(**live).loss, atol=1e-5, rtol=0)
 
 
 def test_filling_goes_on_where_it_was_killed(recipe, rows: Path, tmp_path: Path):

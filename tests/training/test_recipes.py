@@ -48,6 +48,14 @@ def test_scientific_notation_without_a_dot_is_a_number(plain: Path):
     assert (arguments.learning_rate, arguments.weight_decay) == (2e-5, 1e-2)
 
 
+def test_no_is_a_word_and_false_a_truth_value(plain: Path, tmp_path: Path):
+    recipe = load_recipe(plain, ["training.save_strategy=no", "training.bf16=false"])
+    assert recipe.training["save_strategy"] == "no"
+    assert recipe.training["bf16"] is False
+    save_recipe(recipe, tmp_path / "again.yaml")
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
 def test_overrides_reach_every_section(plain: Path):
     overrides = ["training.max_steps=7", "data.train=[a.json, {path: b.json, weight: 2}]"]
     overrides += ["tune.language_model=qlora", "lora.r=3", "model.audio=some/whisper"]

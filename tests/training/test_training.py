@@ -1,7 +1,11 @@
-"""The training loop: resume, accumulation, rates, merging. `pytest tests/training/test_training.py`"""
+"""The training loop: resume, accumulation, rates, merging.
+
+pytest tests/training/test_training.py
+"""
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,6 +22,7 @@ from phi_mm.datasets import mixture
 from phi_mm.recipes import Recipe, save_recipe
 from phi_mm.training import PhiMMTrainer, begin_or_resume, by_modality
 from phi_mm.training.checkpoints import last_checkpoint
+from phi_mm.training.sampler import LengthGroupedSampler
 from processing import PhiMMCollator
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +108,41 @@ def test_stage_1_resumes_and_hands_its_projectors_to_stage_2(recipe, tmp_path: P
     base = model.get_base_model().model
     learnt = base.multi_modal_projector.modules_to_save["default"].linear_1.weight
     assert torch.equal(learnt, saved["multi_modal_projector.linear_1.weight"])
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_resuming_in_a_later_epoch_sees_the_same_rows(recipe, tmp_path: Path, strategy: str):
+    made = recipe(
+        f"training.train_sampling_strategy={strategy}",
+        "training.save_steps=8",  # of six steps an epoch
+        "training.max_steps=14",
+        tune="frozen",
+    )
+    straight = trainer(made)
+    straight.train()
+    straight.save_model(tmp_path / "straight")
+    torch.manual_seed(99)
+    resumed = trainer(made)
+    resumed.train(resume_from_checkpoint=str(made.run_dir / "checkpoint-8"))
+    resumed.save_model(tmp_path / "resumed")
+    assert_same_weights(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_length_grouped_batches_hold_every_row_once_and_little_padding():
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 100) for _ in range(1003)]
+    sampler = LengthGroupedSampler(lengths, batch_size=8, seed=3)
+    rows = list(sampler)
+    assert sorted(rows) == list(range(1003))
+    assert rows == list(sampler)
+    batches = [[lengths[row] for row in rows[i : i + 8]] for i in range(0, 1003, 8)]
+    assert sum(8 * max(batch) for batch in batches[:-1]) < 1.1 * sum(lengths)
+    firsts = [batch[0] for batch in batches]
+    falls = sum(one > other for one, other in zip(firsts, firsts[1:], strict=False))
+    assert 45 < falls < 80  # in random order, not from long to short
+    sampler.set_epoch(1)
+    other = list(sampler)
+    assert other != rows and sorted(other) == list(range(1003))
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path: Path):
@@ -205,9 +245,8 @@ def test_activation_checkpointing_gives_the_same_gradients(recipe):
 @pytest.mark.parametrize("text", ["phi", "phi3"])
 @pytest.mark.parametrize("tune", ["frozen", "lora", "qlora", "full"])
 def test_a_loaded_run_answers_as_the_trained_model(recipe, text: str, tune: str):
-    made = recipe("quantization.bnb_4bit_use_double_quant=true", text=text, tune=tune) if (
-        tune == "qlora"
-    ) else recipe(text=text, tune=tune)
+    double = ["quantization.bnb_4bit_use_double_quant=true"] if tune == "qlora" else []
+    made = recipe(*double, text=text, tune=tune)
     begin_or_resume(made)
     run = trainer(made)
     run.train()

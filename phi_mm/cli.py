@@ -1,0 +1,210 @@
+"""The `phi-mm` command: verbs that call the rooms of this package, nothing more.
+
+phi-mm --help
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+BASES = ("phi", "clip", "whisper")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses and carries out one verb; what the user got wrong is told in one sentence."""
+    given = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        given.verb(given)
+    except ValueError as error:  # by the house rule, what is wrong with the user's input
+        if given.traceback:
+            raise
+        sys.exit(f"phi-mm: {error}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line. Each verb imports what it needs, so that --help is quick."""
+    top = argparse.ArgumentParser(prog="phi-mm", description="A Phi that sees and hears.")
+    top.add_argument("--traceback", action="store_true", help="show where an error came from")
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+
+    verb = _verb(verbs, "demo", demo)
+    verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (%(default)s)")
+
+    verb = _verb(verbs, "train", train)
+    verb.add_argument("arguments", nargs="+", metavar="RECIPE [section.key=value]")
+
+    verb = _verb(verbs, "evaluate", evaluate)
+    verb.add_argument("run", type=Path, help="run folder that training filled")
+    verb.add_argument("--out", type=Path, help="folder of the report (the run folder)")
+    verb.add_argument("--split", choices=("test", "val"), default="test")
+    verb.add_argument("--limit", type=_positive, help="questions a task")
+    verb.add_argument("--batch-size", type=_positive, default=64)
+
+    verb = _verb(verbs, "export", export)
+    verb.add_argument("run", type=Path, help="run folder that training filled")
+    verb.add_argument("out", type=Path, help="folder to write")
+    verb.add_argument("--metrics", type=Path, help="metrics.json for the model card (the run's)")
+
+    verb = _verb(verbs, "verify", verify)
+    verb.add_argument("artefact", type=Path)
+    verb.add_argument("--run", type=Path, help="also compare its logits with this run's")
+
+    verb = _verb(verbs, "chat", chat)
+    verb.add_argument("artefact", help="exported folder or Hub id")
+    verb.add_argument("--max-new-tokens", type=_positive, default=256)
+
+    _add_data(verbs)
+    _add_tiny(verbs)
+    return top
+
+
+def _add_data(verbs: argparse._SubParsersAction) -> None:
+    data = verbs.add_parser("data", help="look at training data").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    verb = _verb(data, "check", check_data)
+    verb.add_argument("file", help="json or jsonl file, or a data set's Hub id")
+    verb.add_argument("--processor", type=Path, help="run or artefact that counts the tokens")
+    verb.add_argument("--media-root", type=Path, help="where media paths start (beside the file)")
+    verb.add_argument("--max-length", type=_positive, help="report rows with more tokens")
+
+
+def _add_tiny(verbs: argparse._SubParsersAction) -> None:
+    tiny = verbs.add_parser("tiny", help="the embedded default").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    verb = _verb(tiny, "build-bases", build_bases)
+    verb.add_argument("--only", choices=BASES)
+    verb.add_argument("--out", type=Path, default=Path("checkpoints"), help="(%(default)s)")
+    verb.add_argument("--work", type=Path, default=Path("runs/bases"), help="(%(default)s)")
+    verb.add_argument("--seed", type=int, default=0)
+
+    verb = _verb(tiny, "world", world)
+    verb.add_argument("out", type=Path)
+    verb.add_argument("--seed", type=int, default=0)
+    for name, help_text in (
+        ("images", "training pictures"),
+        ("speeches", "spoken conversations without a picture"),
+        ("sentences", "recordings that are only to be written down"),
+        ("texts", "conversations in text alone"),
+        ("validation", "questions of each task in val/"),
+        ("test", "questions of each task in test/"),
+    ):
+        verb.add_argument(f"--{name}", type=_positive, help=help_text)
+    verb.add_argument("--workers", type=_positive, help="processes")
+
+
+def _verb(
+    verbs: argparse._SubParsersAction, name: str, function: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    about = function.__doc__[0].lower() + function.__doc__[1:].removesuffix(".")
+    verb = verbs.add_parser(name, help=about, description=function.__doc__)
+    verb.set_defaults(verb=function)
+    return verb
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected 1 or more")
+    return number
+
+
+# The verbs
+
+
+def demo(given: argparse.Namespace) -> None:
+    """Everything at once: data, training, scores, answers."""
+    from phi_mm.demo import Demo
+
+    Demo(given.out).run()
+
+
+def train(given: argparse.Namespace) -> None:
+    """Train one stage; the same as python train.py."""
+    from phi_mm.checkout import run_train
+
+    run_train(given.arguments)
+
+
+def evaluate(given: argparse.Namespace) -> None:
+    """Measure a run on what its recipe names."""
+    from phi_mm.evaluation import evaluate_run, table, write_report
+
+    tasks = evaluate_run(given.run, given.split, given.limit, given.batch_size)
+    out = given.out or given.run
+    write_report(tasks, out, f"phi-mm, {given.run.name}")
+    print(table([outcome.row for task in tasks for outcome in task.outcomes]))
+    print(f"\n{out}/report.html shows answers; metrics.json and predictions.jsonl hold the rest")
+
+
+def export(given: argparse.Namespace) -> None:
+    """Write a run as a Hub repository, and verify it."""
+    from phi_mm.hub import export as run
+
+    for probe in run(given.run, given.out, given.metrics):
+        print(f"{probe.probe.name}: {probe.answer!r}, logits within {probe.difference:.1e}")
+    print(f"{given.out} is complete and verified; next: phi-mm chat {given.out}")
+
+
+def verify(given: argparse.Namespace) -> None:
+    """Load an artefact in a fresh process and ask it."""
+    from phi_mm.assembly import load_run
+    from phi_mm.hub import verify as run
+    from processing import PhiMMProcessor
+
+    if given.run:
+        model, processor = load_run(given.run, merge=True)
+    else:
+        model, processor = None, PhiMMProcessor.from_pretrained(given.artefact)
+    for probe in run(given.artefact, processor, model):
+        compared = "" if model is None else f", logits within {probe.difference:.1e}"
+        print(f"{probe.probe.name}: {probe.answer!r}{compared}")
+    print(f"{given.artefact} loads and answers in a fresh process")
+
+
+def chat(given: argparse.Namespace) -> None:
+    """Talk with an artefact: text, pictures, recordings."""
+    from phi_mm.chat import chat as run
+
+    run(given.artefact, sys.stdin, given.max_new_tokens)
+
+
+def check_data(given: argparse.Namespace) -> None:
+    """Report on a data set and every fault in it."""
+    from phi_mm.datasets import check
+    from processing import PhiMMProcessor
+
+    processor = PhiMMProcessor.from_pretrained(given.processor) if given.processor else None
+    report = check(given.file, processor, given.media_root, max_length=given.max_length)
+    print(report)
+    if report.faults:
+        sys.exit(f"phi-mm: {report.faults} faults in {given.file}")
+
+
+def build_bases(given: argparse.Namespace) -> None:
+    """Train the tiny Phi, CLIP and Whisper."""
+    from phi_mm.tiny import clip_base, phi_base, whisper_base
+
+    builders = dict(zip(BASES, (phi_base, clip_base, whisper_base), strict=True))
+    for name in [given.only] if given.only else BASES:
+        out = given.out / f"tiny-{name}"
+        builders[name].build(out, given.seed, given.work / name)
+        print(f"{out} is built; {out}/README.md has what it can do")
+
+
+def world(given: argparse.Namespace) -> None:
+    """Write the drawn and spoken training world."""
+    from phi_mm.tiny.rows import write_world
+
+    names = ("images", "speeches", "sentences", "texts", "validation", "test", "workers")
+    amounts = {name: vars(given)[name] for name in names if vars(given)[name] is not None}
+    for file, rows in write_world(given.out, given.seed, **amounts).items():
+        print(f"{given.out / file}: {rows} rows")
+
+
+if __name__ == "__main__":
+    main()

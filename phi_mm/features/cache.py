@@ -1,0 +1,203 @@
+"""The cache of frozen-tower outputs that the collator reads in place of pictures and recordings.
+
+Every distinct picture or recording of a data set passes its tower once. Keys are hashes of the
+content (a file's bytes, or an array's values), so two rows with the same picture share one record.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from modeling_phi_mm import PhiMMForConditionalGeneration
+from phi_mm.features.store import FeatureStore
+from processing import PhiMMProcessor
+
+EXIF_ORIENTATION = 0x0112
+CPU = torch.device("cpu")
+
+
+class FeatureCache:
+    """Tower outputs by content, as `PhiMMCollator(features=...)` looks them up.
+
+    Args:
+        stores: one store for each tower there is, under `image` and `audio`.
+    """
+
+    def __init__(self, stores: dict[str, FeatureStore]):
+        self.stores = stores
+        self._keys: dict[str, str] = {}  # content key of each path met: a file is hashed once
+
+    def image(self, source: Any) -> torch.Tensor:
+        """Patch features (P, C) of a picture. Raises KeyError when it was never computed."""
+        return self.stores["image"][self.key(source)]
+
+    def audio(self, source: Any) -> torch.Tensor:
+        """Sounding encoder frames (F, C) of a recording. Raises KeyError when never computed."""
+        return self.stores["audio"][self.key(source)]
+
+    def key(self, source: Any) -> str:
+        """`content_key`, remembered for paths."""
+        if not isinstance(source, str):
+            return content_key(source)
+        if source not in self._keys:
+            self._keys[source] = content_key(source)
+        return self._keys[source]
+
+
+def open_cache(
+    folder: Path, model: PhiMMForConditionalGeneration, processor: PhiMMProcessor
+) -> FeatureCache:
+    """The cache in `folder`, which runs with the same towers and preprocessing may share.
+
+    Features keep the dtype that the towers compute in: a cached run then equals a live one, where
+    fp16 would round what an fp32 tower gave.
+
+    Raises:
+        ValueError: the folder was written with other towers or preprocessing; says which part.
+    """
+    towers = {"image": model.model.vision_tower, "audio": model.model.audio_tower}
+    return FeatureCache(
+        {
+            modality: FeatureStore(
+                folder / modality, fingerprint(model, processor, modality), tower.dtype
+            )
+            for modality, tower in towers.items()
+            if tower is not None
+        }
+    )
+
+
+@torch.no_grad()
+def fill_cache(
+    cache: FeatureCache,
+    model: PhiMMForConditionalGeneration,
+    processor: PhiMMProcessor,
+    datasets: Iterable[Iterable[dict[str, Any]]],
+    device: torch.device = CPU,
+    batch_size: int = 16,
+) -> None:
+    """Run every picture and recording in the rows' `messages` that the cache does not hold yet.
+
+    The towers are moved to `device` for it. May be killed at any moment; the next call goes on
+    behind the last whole batch.
+    """
+    for tower in (model.model.vision_tower, model.model.audio_tower):
+        if tower is not None:
+            tower.to(device)
+    missing: dict[str, dict[str, Any]] = {modality: {} for modality in cache.stores}
+    for dataset in datasets:
+        for modality, source in _media(dataset):
+            if modality in cache.stores and cache.key(source) not in cache.stores[modality]:
+                missing[modality].setdefault(cache.key(source), source)
+    encoders = {"image": _encode_images, "audio": _encode_audio}
+    for modality, sources in missing.items():
+        keys = list(sources)
+        with tqdm(total=len(keys), desc=f"{modality} features", disable=not keys) as bar:
+            for start in range(0, len(keys), batch_size):
+                batch = keys[start : start + batch_size]
+                encoded = encoders[modality](model, processor, [sources[key] for key in batch])
+                cache.stores[modality].append(zip(batch, encoded, strict=True))
+                bar.update(len(batch))
+
+
+def _encode_images(
+    model: PhiMMForConditionalGeneration, processor: PhiMMProcessor, sources: list[Any]
+) -> Iterator[torch.Tensor]:
+    """(P, C) of each picture."""
+    pixels = processor(images=sources, return_tensors="pt")["pixel_values"]
+    yield from model.model.get_vision_features(pixels.to(model.model.vision_tower.device))
+
+
+def _encode_audio(
+    model: PhiMMForConditionalGeneration, processor: PhiMMProcessor, sources: list[Any]
+) -> Iterator[torch.Tensor]:
+    """(F, C) of each recording: the sounding frames of its windows, one after another."""
+    recordings = [processor.load_audio(source) for source in sources]
+    inputs = processor(audio=recordings, return_tensors="pt")
+    mel = inputs["input_features"].to(model.model.audio_tower.device)
+    frames = model.model.get_audio_tower_features(mel)  # (W, F, C)
+    sounding = ((inputs["input_features_mask"].sum(-1) - 1) // 2 + 1).tolist()
+    windows = iter(zip(frames, sounding, strict=True))
+    for recording in recordings:
+        own = islice(windows, processor.count_audio_windows(len(recording)))
+        yield torch.cat([window[:length] for window, length in own])
+
+
+def content_key(source: Any) -> str:
+    """Hash of what a media item holds: a file's bytes, or an array's type, shape and values.
+
+    Args:
+        source: path, PIL image, array, tensor, (array, rate), or {"array", "sampling_rate"}.
+
+    Raises:
+        ValueError: any other type, or a file that is not there.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(source, str | Path):
+        if not Path(source).is_file():
+            raise ValueError(f"got {source}, expected a file: the cache reads no URLs")
+        digest.update(Path(source).read_bytes())
+    elif isinstance(source, Image.Image):
+        facts = (source.mode, source.size, source.getexif().get(EXIF_ORIENTATION))
+        colours = (source.getpalette(), source.info.get("transparency"))
+        digest.update(str((facts, colours)).encode())
+        digest.update(source.tobytes())
+    elif isinstance(source, dict):
+        return content_key((source["array"], source["sampling_rate"]))
+    elif isinstance(source, tuple):
+        digest.update(f"{content_key(source[0])} at {source[1]} Hz".encode())
+    elif isinstance(source, np.ndarray | torch.Tensor):
+        array = np.ascontiguousarray(source)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    else:
+        raise ValueError(
+            f"got {type(source).__name__} as a picture or recording, expected a path, PIL image, "
+            "array or (array, sampling rate)"
+        )
+    return digest.hexdigest()
+
+
+def fingerprint(
+    model: PhiMMForConditionalGeneration, processor: PhiMMProcessor, modality: str
+) -> dict[str, Any]:
+    """What decides a tower's output besides its input: weights, layers, dtype, preprocessing."""
+    if modality == "image":
+        tower, preparation = model.model.vision_tower, processor.image_processor
+        layers = len(tower.encoder.layers)
+    else:
+        tower, preparation = model.model.audio_tower, processor.feature_extractor
+        layers = len(tower.layers)
+    settings = {k: v for k, v in preparation.to_dict().items() if k != "mel_filters"}
+    return {
+        "weights": _weights_hash(tower),
+        "layers": layers,
+        "dtype": str(tower.dtype).removeprefix("torch."),
+        **{f"preprocessing {key}": str(value) for key, value in settings.items()},
+    }
+
+
+def _weights_hash(module: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _media(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Every picture and recording that the rows' messages hold, as ("image" | "audio", source)."""
+    for row in rows:
+        for message in row["messages"]:
+            if not isinstance(message["content"], str):
+                for part in message["content"]:
+                    if part["type"] in ("image", "audio"):
+                        yield part["type"], part[part["type"]]

@@ -1,0 +1,6 @@
+"""From a trained run to a Hub repository: export, model card, proof in a fresh process."""
+
+from phi_mm.hub.export import export
+from phi_mm.hub.verify import ask_fresh, verify
+
+__all__ = ["ask_fresh", "export", "verify"]

@@ -1,0 +1,108 @@
+"""transformers' Trainer with a learning rate for projectors and checkpoints of what was trained."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import ProgressCallback, Trainer
+
+from phi_mm.assembly import PROJECTOR_FILE, PROJECTORS, load_projectors, projector_state
+from phi_mm.training.console import ConsoleTable
+from phi_mm.training.sampler import LengthGroupedSampler
+
+
+class PhiMMTrainer(Trainer):
+    """Trainer for an assembled model.
+
+    The loss is a mean over supervised tokens of the whole accumulated batch: the base class counts
+    them (`num_items_in_batch`) and the model divides by that count.
+
+    Args:
+        projector_learning_rate: rate of the projectors where LoRA or the language model learns at
+            `args.learning_rate` (LLaVA's `mm_projector_lr`); None for one rate.
+    """
+
+    def __init__(self, *args: Any, projector_learning_rate: float | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.projector_learning_rate = projector_learning_rate
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ConsoleTable)
+
+    def _get_train_sampler(
+        self, train_dataset: datasets.Dataset | None = None
+    ) -> torch.utils.data.Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        arguments = self.args
+        if arguments.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        together = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+        lengths = rows[arguments.length_column_name]
+        return LengthGroupedSampler(lengths, together * arguments.world_size, seed)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The base class's optimiser, with the projectors moved to groups at their own rate."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if not fresh or self.projector_learning_rate is None:
+            return optimizer
+        named = (self.model if model is None else model).named_parameters()
+        own = {id(p) for name, p in named if any(part in name for part in PROJECTORS)}
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in own]
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+            settings = {key: value for key, value in group.items() if key != "params"}
+            rate = {"lr": self.projector_learning_rate}
+            optimizer.add_param_group({**settings, **rate, "params": moved})
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _only_projectors_learn(self) -> bool:
+        learning = (name for name, p in self.model.named_parameters() if p.requires_grad)
+        bare = not isinstance(self.model, PeftModel)
+        return bare and all(any(part in name for part in PROJECTORS) for name in learning)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A checkpoint holds what was trained (projectors, adapter), not what never changed."""
+        adapted = isinstance(self.model, PeftModel)
+        if not adapted and not self._only_projectors_learn():
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            if adapted:
+                # "auto" would ask the Hub whether the vocabulary grew, at every checkpoint.
+                self.model.save_pretrained(folder, save_embedding_layers=False)
+            else:
+                save_file(projector_state(self.model), folder / PROJECTOR_FILE)
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        if self._only_projectors_learn():
+            load_projectors(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._only_projectors_learn():
+            load_projectors(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+
+def by_modality(rows: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    """Rows split by what they show: keys among text, image, audio, image_audio; none is empty.
+
+    The Trainer evaluates each on its own and logs `eval_image_loss` and so on.
+    """
+    kinds: dict[str, list[int]] = {}
+    for index, row in enumerate(rows.with_format(None)):
+        types = {part["type"] for message in row["messages"] for part in message["content"]}
+        kind = "_".join(t for t in ("image", "audio") if t in types) or "text"
+        kinds.setdefault(kind, []).append(index)
+    return {kind: rows.select(indices) for kind, indices in kinds.items()}
