@@ -92,7 +92,7 @@ class PhiMMModel(PhiMMPreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True) -> "PhiMMModel":
-        """As `nn.Module.train`, but frozen towers stay in eval mode: their features never change."""
+        """As `nn.Module.train`, but a frozen tower stays in eval mode: its features are fixed."""
         super().train(mode)
         for tower in (self.vision_tower, self.audio_tower):
             if tower is not None and not _is_trained(tower):
@@ -103,10 +103,7 @@ class PhiMMModel(PhiMMPreTrainedModel):
         """What the vision tower sees before projection, (N, 3, H, W) to patches (N, P, C) without
         the class token.
         """
-        if self.vision_tower is None:
-            raise ValueError(
-                "got images, but this model has no vision tower: its config holds no vision_config"
-            )
+        self._require_vision()
         # A frozen tower runs without a graph even under activation checkpointing, which would
         # otherwise make its embeddings require gradients and back-propagate through it.
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.vision_tower)):
@@ -121,6 +118,12 @@ class PhiMMModel(PhiMMPreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.audio_tower)):
             return self.audio_tower(input_features.to(self.audio_tower.dtype)).last_hidden_state
 
+    def _require_vision(self):
+        if self.vision_tower is None:
+            raise ValueError(
+                "got images, but this model has no vision tower: its config holds no vision_config"
+            )
+
     def _require_audio_encoder(self):
         if self.audio_tower is None:
             raise ValueError(
@@ -129,8 +132,7 @@ class PhiMMModel(PhiMMPreTrainedModel):
         if self.config.audio_route == "transcript":
             raise ValueError(
                 "got audio features, but audio_route is 'transcript': put the transcripts into "
-                "the messages with "
-                "processor.transcribe(messages, model)"
+                "the messages with processor.transcribe(messages, model)"
             )
 
     @can_return_tuple
@@ -140,17 +142,17 @@ class PhiMMModel(PhiMMPreTrainedModel):
         image_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """Image tokens (N, tokens, D) in `pooler_output`, from pixels (N, 3, H, W) or cached
-        patches (N, P, C).
+        """Image tokens (N, tokens, D) in `pooler_output`.
+
+        Args:
+            pixel_values: (N, 3, H, W).
+            image_embeds: cached patch features (N, P, C) in place of pixels.
         """
-        features = _one_of("pixel_values", pixel_values, "image_embeds", image_embeds)
+        self._require_vision()
+        _check_one_form("pixel_values", pixel_values, "image_embeds", image_embeds)
+        features = image_embeds
         if image_embeds is None:
             features = self.get_vision_features(pixel_values)
-        elif self.vision_tower is None:
-            raise ValueError(
-                "got image_embeds, but this model has no vision tower: its config holds no "
-                "vision_config"
-            )
         features = features.to(_input_dtype(self.multi_modal_projector))
         return BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=self.multi_modal_projector(features)
@@ -174,17 +176,13 @@ class PhiMMModel(PhiMMPreTrainedModel):
             audio_embeds: cached encoder frames (W, F, C) in place of mel windows.
             audio_embeds_mask: (W, F), 1 where a frame (20 ms) holds sound; all of them when absent.
         """
-        features = _one_of("input_features", input_features, "audio_embeds", audio_embeds)
         self._require_audio_encoder()
+        _check_one_form("input_features", input_features, "audio_embeds", audio_embeds)
+        features, mask = audio_embeds, audio_embeds_mask
         if audio_embeds is None:
             features = self.get_audio_tower_features(input_features)
-            mask = (
-                None
-                if input_features_mask is None
-                else _frame_mask(input_features_mask, features.shape[1])
-            )
-        else:
-            mask = audio_embeds_mask
+            if input_features_mask is not None:
+                mask = _frame_mask(input_features_mask, features.shape[1])
         features = features.to(_input_dtype(self.audio_projector))
         if mask is None:
             mask = features.new_ones(features.shape[:2])
@@ -192,23 +190,33 @@ class PhiMMModel(PhiMMPreTrainedModel):
             last_hidden_state=features, pooler_output=self.audio_projector(features, mask)
         )
 
-    def encode_media(self, media: dict[str, torch.Tensor]) -> dict[str, BaseModelOutputWithPooling]:
-        """Projects whatever media inputs are there: `{"image": ..., "audio": ...}`, each with its
-        `pooler_output`.
+    def encode_media(
+        self,
+        media: dict[str, torch.Tensor],
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        """Projects the media inputs that are there, beside what was projected before.
+
+        Returns:
+            `{"image": ..., "audio": ...}`, each with its tokens in `pooler_output`.
+
+        Raises:
+            ValueError: when a modality comes both raw and projected.
         """
-        outputs = {}
+        fresh = {}
         if "pixel_values" in media or "image_embeds" in media:
-            outputs["image"] = self.get_image_features(
-                pixel_values=media.get("pixel_values"),
-                image_embeds=media.get("image_embeds"),
-                return_dict=True,
-            )
+            own = {k: v for k, v in media.items() if k in ("pixel_values", "image_embeds")}
+            fresh["image"] = self.get_image_features(**own, return_dict=True)
         if "input_features" in media or "audio_embeds" in media:
-            outputs["audio"] = self.get_audio_features(
-                **{k: v for k, v in media.items() if k.startswith(("input_", "audio_"))},
-                return_dict=True,
+            own = {k: v for k, v in media.items() if k.startswith(("input_", "audio_"))}
+            fresh["audio"] = self.get_audio_features(**own, return_dict=True)
+        encoded = dict(mm_encoder_outputs or {})
+        if twice := encoded.keys() & fresh.keys():
+            raise ValueError(
+                f"got both mm_encoder_outputs and raw inputs for {sorted(twice)}, expected one of "
+                "them"
             )
-        return outputs
+        return encoded | fresh
 
     def get_placeholder_mask(
         self,
@@ -326,15 +334,7 @@ class PhiMMModel(PhiMMPreTrainedModel):
             )
             if value is not None
         }
-        encoded = dict(mm_encoder_outputs or {})
-        fresh = self.encode_media(media)
-        if twice := encoded.keys() & fresh.keys():
-            raise ValueError(
-                f"got both mm_encoder_outputs and raw inputs for {sorted(twice)}, expected one of "
-                "them"
-            )
-        encoded |= fresh
-
+        encoded = self.encode_media(media, mm_encoder_outputs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         inputs_embeds = self.merge_media(input_ids, inputs_embeds, encoded)
@@ -497,14 +497,9 @@ class PhiMMForConditionalGeneration(PhiMMPreTrainedModel, GenerationMixin):
         here, so no decoding step sees them.
         """
         media = {k: model_kwargs.pop(k) for k in MEDIA_INPUTS if model_kwargs.get(k) is not None}
-        encoded = dict(model_kwargs.get("mm_encoder_outputs") or {})
-        fresh = self.model.encode_media(media)
-        if twice := encoded.keys() & fresh.keys():
-            raise ValueError(
-                f"got both mm_encoder_outputs and raw inputs for {sorted(twice)}, expected one of "
-                "them"
-            )
-        model_kwargs["mm_encoder_outputs"] = encoded | fresh
+        model_kwargs["mm_encoder_outputs"] = self.model.encode_media(
+            media, model_kwargs.get("mm_encoder_outputs")
+        )
         return model_kwargs
 
     def _expand_multimodal_outputs(
@@ -545,14 +540,13 @@ def _input_dtype(projector: nn.Module) -> torch.dtype:
     return next(projector.parameters()).dtype
 
 
-def _one_of(
+def _check_one_form(
     raw_name: str, raw: torch.Tensor | None, cached_name: str, cached: torch.Tensor | None
-) -> torch.Tensor:
+):
     if (raw is None) == (cached is None):
         raise ValueError(
             f"got both or neither of {raw_name} and {cached_name}, expected exactly one"
         )
-    return cached if raw is None else raw
 
 
 def _frame_mask(mel_mask: torch.Tensor, frames: int) -> torch.Tensor:

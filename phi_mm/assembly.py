@@ -79,6 +79,9 @@ def join_parts(recipe: Recipe) -> tuple[PhiMMForConditionalGeneration, PhiMMProc
     """The pretrained parts as one model in eval mode (language model in 4-bit for `qlora`)."""
     spec = recipe.model
     text = load_text(spec.text, recipe.dtype)
+    half = recipe.dtype == torch.float16 or recipe.training.get("fp16", False)
+    if half and text.config.model_type == "phi":
+        raise ValueError("got float16, expected bfloat16 or float32: Phi-2's attention overflows")
     tokenizer = load_tokenizer(spec.text, text)
     vision = load_vision(spec.vision, recipe.dtype) if spec.vision else None
     audio = load_audio(spec.audio, recipe.dtype) if spec.audio else None

@@ -16,12 +16,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Parses and carries out one verb; what the user got wrong is told in one sentence."""
     given = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # It warns on import where an optional CPU kernel is missing; it works without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         given.verb(given)
     except ValueError as error:  # by the house rule, what is wrong with the user's input
         if given.traceback:
             raise
         sys.exit(f"phi-mm: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nphi-mm: interrupted")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -278,12 +278,20 @@ def _check_combination(recipe: Recipe) -> None:
         raise ValueError("model.vision and model.audio are both missing: give at least one tower")
     mode = recipe.tune.language_model
     if recipe.quantization and mode != "qlora":
-        raise ValueError(f"section quantization is given but tune.language_model is {mode}")
+        raise ValueError(
+            f"section quantization is given but tune.language_model is {mode}: "
+            "add quantization=null"
+        )
     if recipe.lora and mode not in ("lora", "qlora"):
-        raise ValueError(f"section lora is given but tune.language_model is {mode}")
+        raise ValueError(f"section lora is given but tune.language_model is {mode}: add lora=null")
     for owned in ("target_modules", "modules_to_save"):
         if owned in recipe.lora:
             raise ValueError(f"lora.{owned} is chosen by the language model's type: remove it")
+    if mode == "full" and recipe.model.dtype != "float32":
+        raise ValueError(
+            f"got model.dtype={recipe.model.dtype} to tune it in full, expected float32 "
+            "(small steps are lost in half precision): set training.bf16 to compute in half"
+        )
     if recipe.training.get("label_smoothing_factor"):
         raise ValueError("training.label_smoothing_factor: the Trainer would not shift the labels")
     if recipe.features_dir and recipe.features == "live":

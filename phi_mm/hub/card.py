@@ -17,10 +17,11 @@ from phi_mm.evaluation.tasks import BY_A_BASE
 from phi_mm.recipes import Recipe
 
 TUNING = {
-    "frozen": "the language model stayed as it was",
-    "lora": "LoRA on the language model, merged into its weights",
-    "qlora": "LoRA on the language model in 4-bit, merged into the dequantised weights",
-    "full": "the whole language model",
+    "frozen": "Only the projectors were trained.",
+    "lora": "LoRA taught the language model to use them, and was merged into its weights.",
+    "qlora": "LoRA taught the language model, in 4-bit, to use them, and was merged into its "
+    "dequantised weights.",
+    "full": "The whole language model was trained with them.",
 }
 
 

@@ -1,4 +1,4 @@
-"""Builds the tiny CLIP checkpoint from drawn scenes: `phi-mm tiny build-bases --only clip`."""
+"""Builds the tiny CLIP checkpoint from drawn scenes, for `phi-mm tiny build-bases`."""
 
 import copy
 import json
@@ -283,7 +283,7 @@ def build(
 ) -> dict[str, list]:
     """Trains the tiny CLIP, writes it to `out` with its measured gate, returns the gate.
 
-    About 0.35 CPU-seconds a step on one core. Runs that are cut off go on from `work`; the result
+    About 16 CPU-minutes on one core. Runs that are cut off go on from `work`; the result
     is the same for the same seed, steps and number of threads. `gate_things` is the number of
     things of unseen pairs that the gate reads in each split.
     """

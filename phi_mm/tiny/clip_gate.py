@@ -170,7 +170,7 @@ def measure(checkpoint: Path, seed: int, things: int) -> dict[str, Any]:
         "probe with unnamed colours": fit_probes(mixed),
     }
     presence = _presence_probe(naive)
-    rows, gated = [], []
+    rows, lowest = [], dict.fromkeys(probes, 1.0)
     for split in ("validation", "test"):
         every = read(model, processor, split, things, seed)
         unseen = every.only(every.held_out)
@@ -178,7 +178,9 @@ def measure(checkpoint: Path, seed: int, things: int) -> dict[str, Any]:
             for title, by_attribute in probes.items():
                 accuracies = accuracy_rows(by_attribute, part, f"{kind} pairs, {title}", split)
                 rows += accuracies
-                gated += [row["value"] for row in accuracies if kind == "unseen"]
+                if kind == "unseen":
+                    worst = min(row["value"] for row in accuracies)
+                    lowest[title] = min(lowest[title], worst)
         x = torch.cat([unseen.cells, every.empty_cells])
         y = torch.arange(len(x)) < len(unseen.cells)
         rows.append(_row("thing or nothing", presence.accuracy(x, y.long()), len(x), split))
@@ -187,7 +189,8 @@ def measure(checkpoint: Path, seed: int, things: int) -> dict[str, Any]:
         to_caption, to_picture = retrieval(model, processor, split, seed)
         rows.append(_row(f"caption of a picture, of {RETRIEVAL}", to_caption, RETRIEVAL, split))
         rows.append(_row(f"picture of a caption, of {RETRIEVAL}", to_picture, RETRIEVAL, split))
-    return {"bar": BAR, "lowest": min(gated), "passed": min(gated) >= BAR, "metrics": rows}
+    passed = min(lowest.values()) >= BAR
+    return {"bar": BAR, "passed": passed, "lowest": lowest, "metrics": rows}
 
 
 def accuracy_rows(
@@ -227,8 +230,10 @@ the 3x3 places: each place's features are contrasted with the text tower's phras
 picture, caption or probe; "unseen pairs" below are only those.
 
 Gate: colour, shape and size of unseen pairs read linearly from the frozen features at
-{bar:.0%} or better: **{verdict}** (lowest {lowest:.2%}). The naive probe is a linear softmax
-trained on seen pairs in named colours; the other one also met pictures in unnamed colours.
+{bar:.0%} or better by both probes: **{verdict}**. Lowest of all:
+{lowest}.
+The naive probe is a linear softmax trained on seen pairs in named colours; the other one also
+met pictures in unnamed colours.
 
 | measured | value | n | split |
 |---|---|---|---|
@@ -251,7 +256,7 @@ def write_report(out: Path, gate: dict[str, Any], seed: int, steps: int) -> None
         steps=steps,
         bar=gate["bar"],
         verdict="passed" if gate["passed"] else "not passed",
-        lowest=gate["lowest"],
+        lowest=", ".join(f"{value:.2%} by the {name}" for name, value in gate["lowest"].items()),
         table="\n".join(table),
     )
     (out / "README.md").write_text(text)

@@ -26,7 +26,7 @@ from phi_mm.tiny.scenes import (
 # Shapes: B pictures, T things in them, N = 36 patches, D = 128 width, M = 4 * D merged width,
 # C = 9 merged cells, which are the 9 places of a picture.
 
-MEAN = (0.76, 0.75, 0.75)  # of drawn pictures, rounded; saved in preprocessor_config.json
+MEAN = (0.76, 0.75, 0.75)  # near those of drawn pictures; saved in preprocessor_config.json
 STD = (0.2, 0.2, 0.2)
 COLOUR_NAMES = tuple(COLOURS)
 UNNAMED = -1  # colour label of a thing whose colour has no name

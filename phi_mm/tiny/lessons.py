@@ -24,9 +24,12 @@ from phi_mm.tiny.speech import SAMPLE_RATE, speak
 # Pictures in colours without a name, and questions that name none: they break the habit of
 # guessing a shape from its colour, which is wrong on pairs never seen.
 UNNAMED_SHARE = 0.3
+# Questions that name no colour about a picture in named ones: otherwise an unfamiliar pair of
+# colour and shape is taken for an unnamed colour, and passed over.
+COLOURLESS_SHARE = 0.2
 STAGE1_TURNS = (6, 10)
 # Stage 2 takes the pictures through these in turn: how many turns are typed, how many spoken.
-STAGE2_TURNS = (((5, 8), 0), ((0, 0), 2), ((5, 8), 0), ((3, 4), 1))
+STAGE2_TURNS = (((5, 8), 0), ((0, 0), 3), ((5, 8), 0), ((3, 4), 1))
 SMALL_TALK_SHARE = 0.06  # typed turns beside a picture that are not about it
 SPEECH_TURNS = (1, 3)
 SCENE_SHARE = 0.5  # spoken conversations without a picture that are about a scene in words
@@ -78,13 +81,18 @@ def speakable(text: str) -> bool:
 
 
 def questions(
-    scene: Scene, rng: random.Random, split: str, coloured: bool, spoken: bool = False
+    scene: Scene, rng: random.Random, split: str, colourless: float, spoken: bool = False
 ) -> Iterator[Question]:
-    """Ever new questions about the scene, kind after kind, none in the same words twice."""
+    """Ever new questions about the scene, kind after kind, none in the same words twice.
+
+    Args:
+        colourless: share of those that name no colour.
+        spoken: only those that fit into the tiny Whisper's window.
+    """
     asked = set()
     while True:
         for kind in rng.sample(KINDS, len(KINDS)):
-            found = ask(scene, kind, rng, split, coloured)
+            found = ask(scene, kind, rng, split, coloured=rng.random() >= colourless)
             if found and found.text not in asked and (not spoken or speakable(found.text)):
                 asked.add(found.text)
                 yield found
@@ -136,7 +144,8 @@ def picture(item: Item) -> tuple[dict, dict, list[Recording]]:
     image = item.draw(scene, rng, unnamed)
     drawn = caption(scene, coloured=not unnamed)
 
-    written = questions(scene, rng, item.split, not unnamed)
+    colourless = 1.0 if unnamed else COLOURLESS_SHARE
+    written = questions(scene, rng, item.split, colourless)
     turns = [next(written) for _ in range(rng.randint(*STAGE1_TURNS))]
     stage1 = as_row(item.name, [(q.text, q.answer) for q in turns], image, scene=drawn)
 
@@ -145,7 +154,7 @@ def picture(item: Item) -> tuple[dict, dict, list[Recording]]:
         small_talk(rng, item.split) if rng.random() < SMALL_TALK_SHARE else next(written)
         for _ in range(rng.randint(least, most))
     ]
-    aloud = questions(scene, rng, item.split, not unnamed, spoken=True)
+    aloud = questions(scene, rng, item.split, colourless, spoken=True)
     said = [next(aloud) for _ in range(spoken)]
     recordings = [item.record(q.text, rng, take) for take, q in enumerate(said)]
     mixed = [(q.text, q.answer) for q in turns]
@@ -163,7 +172,7 @@ def speech(item: Item) -> tuple[dict, list[Recording]]:
     count = rng.randint(*SPEECH_TURNS)
     if rng.random() < SCENE_SHARE:
         scene = sample_scene(rng, item.split)
-        aloud = questions(scene, rng, item.split, coloured=True, spoken=True)
+        aloud = questions(scene, rng, item.split, colourless=0.0, spoken=True)
         said = [next(aloud) for _ in range(count)]
         opening = told(scene, rng)
     else:

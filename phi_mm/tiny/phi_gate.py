@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, PhiForCausalLM, PreTrainedTokenizerBase
 
 from phi_mm.tiny.facts import FACTS, arithmetic
-from phi_mm.tiny.language import KINDS, ask, repeat, scene_dialogue, text_dialogue
+from phi_mm.tiny.language import KINDS, Question, ask, repeat, text_dialogue, told
 from phi_mm.tiny.phi_training import render
 from phi_mm.tiny.scenes import HELD_PAIRS, Scene, sample_scene
 from phi_mm.tiny.wordings import named_pairs, worded
@@ -57,17 +57,14 @@ def answers(
 
 def scene_questions(
     rng: Random, split: str, kind: str, count: int
-) -> Iterator[tuple[Scene, str, Turns]]:
-    """Single turns: a scene told in any wording and a question of the kind."""
+) -> Iterator[tuple[Scene, str, Question]]:
+    """Scenes, the words they are told in, and a question of the kind about each."""
     while count:
         scene = sample_scene(rng, split)
         question = ask(scene, kind, rng, split)
-        if question is None:
-            continue
-        turns = scene_dialogue(scene, [question], rng)
-        if len(turns) == 1:  # the scene was not told in a turn of its own
+        if question is not None:
             count -= 1
-            yield scene, question.text, turns
+            yield scene, told(scene, rng), question
 
 
 def conversations(rng: Random, split: str, count: int) -> Iterator[Turns]:
@@ -92,13 +89,16 @@ def _facts(rng: Random, split: str) -> Iterator[Turns]:
 def _cases(rng: Random, split: str, count: int) -> Iterator[tuple[list[str], Turns]]:
     """Conversations to finish, each with the measures that it counts for."""
     for kind in KINDS:
-        for scene, asked, turns in scene_questions(rng, split, kind, count):
+        for scene, words, question in scene_questions(rng, split, kind, count):
             names = [kind, "questions"]
-            if named_pairs(asked) & HELD_PAIRS[split]:
+            if named_pairs(question.text) & HELD_PAIRS[split]:
                 names.append("questions naming an unseen pair")
             if len(scene.things) == 4:
                 names.append("questions about four things")
-            yield names, turns
+            yield names, [(f"{words} {question.text}", question.answer)]
+        for _, words, question in scene_questions(rng, split, kind, count // 3):
+            names = ["questions asked ahead of the scene"]
+            yield names, [(f"{question.text} {words}", question.answer)]
     for turns in conversations(rng, split, 3 * count):
         yield ["later turns"], turns
     for turns in _facts(rng, split):
@@ -114,8 +114,9 @@ def measure(
     """Share of answers that are right to the letter on validation and test, by kind.
 
     `count` questions of each kind in each split, single turns; beside them later turns of
-    conversations, facts, sums and repetitions. "questions" is the mean over all kinds. The gate
-    is "questions" and "later turns", each on both splits, at BAR or better.
+    conversations, facts, sums and repetitions. "questions" is the mean over all kinds, asked after
+    the scene is told. The gate is "questions" and "later turns", each on both splits, at BAR or
+    better.
     """
     model = PhiForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -149,7 +150,8 @@ sounds.
 
 Gate: questions about unseen scenes, in unseen sentences and often about colour-shape pairs that
 training never named, answered word for word by greedy generation, and likewise the later turns of
-conversations, at {bar:.0%} or better: **{verdict}** (lowest {lowest:.2%}).
+conversations, at {bar:.0%} or better: **{verdict}** (lowest {lowest:.2%}). The scene is told before
+the question there; questions asked ahead of it are measured apart and not part of the gate.
 
 | measured | value | n | split |
 |---|---|---|---|

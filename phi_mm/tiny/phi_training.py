@@ -47,9 +47,10 @@ class Recipe:
     adam_rate: float = 2e-3
     weight_decay: float = 0.02
     warmup: int = 30
-    constant: float = 0.5  # share of the steps before the rate falls linearly to zero
-    plain_until: float = 0.25  # share of the steps whose scene rows are all plain
-    mixed_from: float = 0.5  # share of the steps after which none is
+    restart: int = 6_400  # step at which a second cycle of the learning rate begins
+    constant: float = 0.5  # share of a cycle before the rate falls linearly to zero
+    plain_until: float = 0.25  # share of the first cycle whose scene rows are all plain
+    mixed_from: float = 0.5  # share of the first cycle after which none is
     talk_rows: float = 0.14  # share of rows without a scene
     block_rows: float = 0.45  # share of scene rows whose questions do not see each other
     ahead_rows: float = 0.1  # share of scene rows of questions asked ahead of the scene
@@ -59,9 +60,15 @@ class Recipe:
     save_every: int = 250
 
     def rate(self, step: int) -> float:
-        """Factor on the learning rates at the step."""
-        rest = (self.steps - step) / max(1.0, self.steps * (1 - self.constant))
-        return min(1.0, (step + 1) / self.warmup, rest)
+        """Factor on the learning rates at the step.
+
+        Two cycles, as in Loshchilov & Hutter (2017), "SGDR": what is right at the end of the
+        first is kept, and what it left open falls quickly in the second.
+        """
+        first = min(self.restart, self.steps)
+        start, end = (0, first) if step < first else (first, self.steps)
+        rest = (end - step) / max(1.0, (end - start) * (1 - self.constant))
+        return min(1.0, (step - start + 1) / self.warmup, rest)
 
     def plain_share(self, step: int) -> float:
         """Share of plain rows among the step's scene rows.
@@ -69,7 +76,8 @@ class Recipe:
         What a word is bound to is learned first where all scenes are told alike; told in all
         wordings from the start, it takes more than twice the steps.
         """
-        past = (step / self.steps - self.plain_until) / (self.mixed_from - self.plain_until)
+        first = min(self.restart, self.steps)
+        past = (step / first - self.plain_until) / (self.mixed_from - self.plain_until)
         return min(1.0, max(0.0, 1.0 - past))
 
 

@@ -30,10 +30,10 @@ CHUNK = 16  # items handed to a worker at a time
 def write_world(
     out: Path,
     seed: int,
-    images: int = 4500,
-    speeches: int = 900,
-    sentences: int = 800,
-    texts: int = 1500,
+    images: int = 5000,
+    speeches: int = 800,
+    sentences: int = 700,
+    texts: int = 2000,
     validation: int = 200,
     test: int = 400,
     workers: int = 2,
@@ -47,7 +47,7 @@ def write_world(
     (48x48 PNG) and `audio/` (16 kHz FLAC).
 
     Args:
-        images: training pictures; every four carry three recorded questions.
+        images: training pictures; every four carry four recorded questions.
         speeches: spoken conversations without a picture (two recordings each on average).
         sentences: recordings that are only to be written down.
         texts: conversations in text alone.

@@ -11,7 +11,7 @@ from transformers import ProgressCallback, Trainer
 
 from phi_mm.assembly import PROJECTOR_FILE, PROJECTORS, load_projectors, projector_state
 from phi_mm.training.console import ConsoleTable
-from phi_mm.training.sampler import LengthGroupedSampler
+from phi_mm.training.sampler import LengthGroupedSampler, row_lengths
 
 
 class PhiMMTrainer(Trainer):
@@ -40,7 +40,7 @@ class PhiMMTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         together = arguments.train_batch_size * arguments.gradient_accumulation_steps
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-        lengths = rows[arguments.length_column_name]
+        lengths = row_lengths(rows, self.data_collator)
         return LengthGroupedSampler(lengths, together * arguments.world_size, seed)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:

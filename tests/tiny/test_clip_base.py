@@ -119,7 +119,8 @@ def test_merge_puts_two_by_two_neighbours_side_by_side():
 
 
 def test_training_pictures_never_hold_a_held_out_pair():
-    batch = clip_training.make_batch(Random(4), clip_training.Mixture(pictures=200), 1.0)
+    mixture = clip_training.Mixture(pictures=200, captions=100)
+    batch = clip_training.make_batch(Random(4), mixture, 1.0)
     named = batch.colour != clip_training.UNNAMED
     pairs = {
         (clip_training.COLOUR_NAMES[c], clip_training.SHAPES[s])
@@ -128,7 +129,7 @@ def test_training_pictures_never_hold_a_held_out_pair():
     assert len(pairs) == 48 - len(TEST_PAIRS) - len(VALIDATION_PAIRS)
     assert not pairs & (TEST_PAIRS | VALIDATION_PAIRS)
     assert np.bincount(batch.picture).max() > 4  # crowded pictures are among them
-    assert 0.1 < (~named).float().mean() < 0.35
+    assert 0.15 < (~named).float().mean() < 0.35
 
 
 def test_committed_checkpoint_reads_unseen_pairs():

@@ -41,8 +41,9 @@ def save_tokenizer(folder: Path, phi3: bool) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_phi(folder: Path, width: int = 32, layers: int = 2, model_type: str = "phi") -> Path:
+def save_phi(folder: Path, model_type: str = "phi", **settings: object) -> Path:
     """A random `phi` or `phi3` checkpoint whose head has a bias that matters where it has one."""
+    width = 32
     cls, config_cls = {
         "phi": (PhiForCausalLM, PhiConfig),
         "phi3": (Phi3ForCausalLM, Phi3Config),
@@ -51,12 +52,13 @@ def save_phi(folder: Path, width: int = 32, layers: int = 2, model_type: str = "
         vocab_size=VOCABULARY_ROWS,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=layers,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=2048,
         bos_token_id=256,
         eos_token_id=256,
         pad_token_id=None,
+        **settings,
     )
     model = cls(config)
     if model_type == "phi":
@@ -155,6 +157,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA json of 24 rows with its media."""
     return save_rows(tmp_path_factory.mktemp("data") / "rows", 24, seed=0)
+
+
+@pytest.fixture(scope="session")
+def make_phi():
+    """`save_phi`, for tests that want a checkpoint of their own."""
+    return save_phi
 
 
 @pytest.fixture

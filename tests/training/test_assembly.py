@@ -164,3 +164,21 @@ def test_init_from_wants_the_projectors_of_an_aligned_run(recipe, tmp_path: Path
     model, _ = join_parts(recipe(tune="frozen"))
     with pytest.raises(ValueError, match="tune.language_model: frozen"):
         load_projectors(model, tmp_path)
+
+
+@pytest.mark.parametrize("override", ["model.dtype=float16", "training.fp16=true"])
+def test_phi_is_refused_in_float16_and_phi3_is_not(recipe, override: str):
+    with pytest.raises(ValueError, match="got float16, expected bfloat16 or float32"):
+        join_parts(recipe(override, tune="frozen"))
+    model, _ = join_parts(recipe(override, text="phi3", tune="frozen"))
+    assert model.model.audio_projector.linear_1.weight.dtype == torch.float32
+
+
+def test_tied_embeddings_stay_tied(recipe, make_phi, tmp_path: Path):
+    torch.manual_seed(0)
+    folder = make_phi(tmp_path / "tied", model_type="phi3", tie_word_embeddings=True)
+    model, processor = join_parts(recipe(f"model.text={folder}", text="phi3"))
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    alone = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(model.lm_head.weight, alone.lm_head.weight)
+    assert not any(row.part == "lm_head" for row in summarise(model).rows)

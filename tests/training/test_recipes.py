@@ -101,6 +101,7 @@ def test_saved_recipe_is_read_back_equal(plain: Path, tmp_path: Path):
         ("quantization.load_in_4bit=true", "section quantization is given"),
         ("features_dir=x", "features is live"),
         ("training.output_dir=null", "output_dir is missing"),
+        ("model={text: a, vision: b, dtype: float64}", "dtype"),
         ("training.label_smoothing_factor=0.1", "label_smoothing"),
     ],
 )
@@ -113,3 +114,10 @@ def test_what_nobody_would_read_is_refused(plain: Path, override: str, complaint
 def test_lora_targets_are_not_the_recipes_business(plain: Path):
     with pytest.raises(ValueError, match="target_modules"):
         load_recipe(plain, ["tune.language_model=lora", "lora.target_modules=all-linear"])
+
+
+def test_full_tuning_keeps_its_weights_in_float32(plain: Path):
+    with pytest.raises(
+        ValueError, match="got model.dtype=bfloat16 to tune it in full, expected float32"
+    ):
+        load_recipe(plain, ["tune.language_model=full", "model.dtype=bfloat16"])

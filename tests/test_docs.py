@@ -1,0 +1,62 @@
+"""What the documents say can be typed, and the files that they name are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from phi_mm.cli import parser
+from phi_mm.recipes import load_recipe
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "model_card.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+MADE_BY_COMMANDS = ("runs/", "my-")  # what a reader's own commands leave behind
+
+
+def commands(document: Path) -> list[str]:
+    """Lines of the bash blocks of a document, comments cut off."""
+    blocks = re.findall(r"```bash\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_parse(document):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in commands(document):
+        words = shlex.split(line)
+        if words[0] == "make":
+            assert set(words[1:]) <= targets, line
+        elif words[0].endswith("phi-mm"):
+            parser().parse_args(words[1:])
+        elif "train.py" in words:
+            rest = words[words.index("train.py") + 1 :]
+            load_recipe(ROOT / rest[0], rest[1:])
+        else:
+            assert words[0] == "pip", f"{document.name} names a command that no test knows: {line}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_paths_exist(document):
+    text = document.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", text)
+    for link in links:
+        assert (document.parent / link).exists(), link
+    for name in re.findall(r"`([\w./-]+/[\w.-]*|[\w-]+\.(?:md|py|txt))`", text):
+        if "/" in name and not name.startswith(MADE_BY_COMMANDS):
+            folder = name.split("/")[0]
+            if (ROOT / folder).is_dir():
+                assert (ROOT / name).exists(), f"{document.name} names {name}"
+
+
+def test_recipes_load():
+    recipes = sorted((ROOT / "recipes").rglob("*.yaml"))
+    assert len(recipes) >= 6
+    for path in recipes:
+        load_recipe(path)
