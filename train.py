@@ -27,7 +27,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = parse()
     arguments = recipe.training_arguments()
-    checkpoint = begin_or_resume(recipe)
+    with arguments.main_process_first(desc="run folder"):
+        checkpoint = begin_or_resume(recipe)
 
     set_seed(arguments.seed)
     model, processor = assemble(recipe)
@@ -52,11 +53,17 @@ def main() -> None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         losses = {key: round(value, 4) for key, value in metrics.items() if key.endswith("loss")}
-        print("validation", json.dumps(losses))
+        say(arguments, f"validation {json.dumps(losses)}")
 
     trainer.save_model()
     trainer.save_state()
-    print(f"saved {recipe.run_dir}")
+    say(arguments, f"saved {recipe.run_dir}")
+
+
+def say(arguments: TrainingArguments, line: str) -> None:
+    """Print once, however many processes there are."""
+    if arguments.process_index == 0:
+        print(line)
 
 
 def parse() -> Recipe:

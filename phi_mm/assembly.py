@@ -231,6 +231,8 @@ def _config(
         image_tokens_per_cell=spec.image_tokens_per_cell,
         projector_norm=spec.projector_norm,
         projector_positions=spec.projector_positions,
+        projector_hidden_size=spec.projector_hidden_size,
+        projector_hidden_act=spec.projector_hidden_act,
         audio_stack=spec.audio_stack,
         audio_route=spec.audio_route,
         transcript_generation_config=audio.generation_config.to_dict() if transcript else None,

@@ -25,6 +25,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "label_names": ["labels"],  # found by signature otherwise, which PEFT's wrapper hides
     "prediction_loss_only": True,  # validation logits are vocabulary-wide: they would fill memory
     "include_num_input_tokens_seen": "no",
+    "ddp_find_unused_parameters": False,  # the model puts idle projectors into the graph itself
     "logging_steps": 10,
     "logging_nan_inf_filter": False,  # a NaN must be seen, not averaged away
     "save_total_limit": 2,
@@ -46,6 +47,8 @@ class ModelSection:
     image_tokens_per_cell: int = 1
     projector_norm: bool = False
     projector_positions: bool = False
+    projector_hidden_size: int | None = None
+    projector_hidden_act: str = "gelu"
     audio_stack: int = 4
     audio_route: str = "encoder"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -148,7 +151,9 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as YAML that `load_recipe` reads back equal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    scratch = path.with_suffix(".part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)  # whole or not at all
 
 
 class _Loader(yaml.SafeLoader):

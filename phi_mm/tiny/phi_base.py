@@ -133,7 +133,7 @@ def build(
 ) -> dict[str, list]:
     """Trains the tiny Phi, writes it to `out` with its measured gate, returns the gate.
 
-    About 0.22 CPU-seconds a step on one core. Runs that are cut off go on from `work`; the result
+    About 0.23 CPU-seconds a step on one core. Runs that are cut off go on from `work`; the result
     is the same for the same seed, steps and number of threads. `gate_questions` is the number of
     questions that the gate asks of each kind in each split.
     """

@@ -28,6 +28,7 @@ class PhiMMTrainer(Trainer):
     def __init__(self, *args: Any, projector_learning_rate: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.projector_learning_rate = projector_learning_rate
+        self._grouping: LengthGroupedSampler | None = None
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ConsoleTable)
 
@@ -41,7 +42,14 @@ class PhiMMTrainer(Trainer):
         together = arguments.train_batch_size * arguments.gradient_accumulation_steps
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
         lengths = row_lengths(rows, self.data_collator)
-        return LengthGroupedSampler(lengths, together * arguments.world_size, seed)
+        self._grouping = LengthGroupedSampler(lengths, together * arguments.world_size, seed)
+        return self._grouping
+
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        # The loader of a resumed run with several processes hides the sampler from `set_epoch`.
+        if self._grouping is not None:
+            self._grouping.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The base class's optimiser, with the projectors moved to groups at their own rate."""

@@ -186,9 +186,9 @@ TALKS = [
      "where is the red star?", "at the top left"),
     ("in the middle there is a large black cross. at the bottom is a small pink heart. "
      "what colour is the small heart?", "pink"),
-    ("look: i see a small yellow square on the left, i see a small green circle at the top, "
-     "i see a large yellow square on the right. how many yellow squares are there?", "two"),
-    ("is there a red heart? a large red star at the top and a small blue heart on the left.", "no"),
+    ("look: i see a small yellow square on the left. i see a small green circle at the top. "
+     "how many small things are there?", "two"),
+    ("a large red star at the top and a small blue heart on the left. is there a red heart?", "no"),
     ("there is a small purple triangle at the bottom. there is a large pink star at the top. "
      "what is above the triangle?", "a pink star"),
     ("how many days are in a week?", "seven"),
