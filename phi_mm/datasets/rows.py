@@ -121,7 +121,8 @@ def _open_file(path: Path, limit: int | None) -> tuple[list[dict], dict, str]:
     for name in (name for name, feature in extra.items() if feature == datasets.Json()):
         for row in rows:  # a string that looks like json must stay a string
             row[name] = json.dumps(row.get(name))
-    return rows, extra, hashlib.sha256(content).hexdigest() + os.path.abspath(path)
+    key = f"{hashlib.sha256(content).hexdigest()} {os.path.abspath(path)} {limit}"
+    return rows, extra, key
 
 
 def _infer_feature(values: list) -> object:

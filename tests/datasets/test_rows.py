@@ -208,7 +208,10 @@ def test_rows_keep_their_form_through_shuffle_map_filter_and_pickle(tmp_path):
 
 def test_limit_reads_the_first_rows_only(tmp_path):
     rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION]}]
-    assert len(load_rows(write(tmp_path / "rows.json", rows), limit=1)) == 1
+    path = write(tmp_path / "rows.json", rows)
+    assert len(load_rows(path, limit=1)) == 1
+    with pytest.raises(ValueError):  # the second row is bad; what was cached has another key
+        load_rows(path)
 
 
 @pytest.mark.parametrize(
