@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from phi_mm.checkout import MODEL_CARD, TINY_RECIPES, launch_train, run_train
+from phi_mm.checkout import MODEL_CARD, TINY_RECIPES, launch_train
 from phi_mm.evaluation import evaluate_run, write_report
 from phi_mm.evaluation.page import CONTROL_NAMES, task_name
 from phi_mm.evaluation.report import percent
@@ -26,6 +26,7 @@ from phi_mm.steps import Steps, digest
 from phi_mm.tiny.rows import write_world
 
 SEED = 0
+PROCESSES = 2  # that train together
 ANSWER_TOKENS = 48
 COLUMNS = 24  # of a picture in the terminal
 SHOWN = {
@@ -45,13 +46,11 @@ class Demo:
         out: folder for the world, both runs, the report and the artefact.
         recipes: folder with stage1.yaml and stage2.yaml.
         amounts: of `write_world`, where they are not its own.
-        processes: that train together.
     """
 
     out: Path
     recipes: Path = TINY_RECIPES
     amounts: dict[str, int] = field(default_factory=dict)
-    processes: int = 2
 
     def run(self) -> None:
         """All steps, then a summary for someone who has never seen this project.
@@ -98,14 +97,10 @@ class Demo:
         arguments = [str(recipe), *self._overrides(recipe, stage)]
         made = digest([recipe], made, *arguments)
         outputs = [self.out / stage, *([self.out / "features"] if stage == "stage1" else [])]
-        steps.run(stage, f"{stage}: {title}", made, outputs, lambda: self._carry_out(arguments))
+        steps.run(
+            stage, f"{stage}: {title}", made, outputs, lambda: launch_train(arguments, PROCESSES)
+        )
         return made
-
-    def _carry_out(self, arguments: list[str]) -> None:
-        if self.processes == 1:
-            run_train(arguments)
-        else:
-            launch_train(arguments, self.processes)
 
     def _overrides(self, path: Path, stage: str) -> list[str]:
         """What moves a recipe into this demo's folder."""
@@ -114,7 +109,7 @@ class Demo:
         moved = {
             "training.output_dir": str(self.out / stage),
             # All processes together make the recipe's batch.
-            "training.per_device_train_batch_size": batch // self.processes,
+            "training.per_device_train_batch_size": batch // PROCESSES,
             "data.train": str(world / f"{stage}.json"),
             "data.validation": str(world / "validation.json"),
             "evaluation": [

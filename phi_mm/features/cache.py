@@ -6,7 +6,6 @@ content (a file's bytes, or an array's values), so two rows with the same pictur
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +120,14 @@ def _encode_audio(
 ) -> Iterator[torch.Tensor]:
     """(F, C) of each recording: the sounding frames of its windows, one after another."""
     recordings = [processor.load_audio(source) for source in sources]
-    inputs = processor(audio=recordings, return_tensors="pt")
-    mel = inputs["input_features"].to(model.model.audio_tower.device)
-    frames = model.model.get_audio_tower_features(mel)  # (W, F, C)
-    sounding = ((inputs["input_features_mask"].sum(-1) - 1) // 2 + 1).tolist()
-    windows = iter(zip(frames, sounding, strict=True))
+    mel = processor(audio=recordings, return_tensors="pt")["input_features"]
+    frames = model.model.get_audio_tower_features(mel.to(model.model.audio_tower.device))
+    start = 0
     for recording in recordings:
-        own = islice(windows, processor.count_audio_windows(len(recording)))
-        yield torch.cat([window[:length] for window, length in own])
+        end = start + processor.count_audio_windows(len(recording))
+        # Only the last window of a recording holds frames without sound, at its end.
+        yield frames[start:end].flatten(0, 1)[: processor.count_frames(len(recording))]
+        start = end
 
 
 def content_key(source: Any) -> str:

@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -30,6 +29,7 @@ from phi_mm.tiny.clip_training import (
 )
 from phi_mm.tiny.drawing import SIZE
 from phi_mm.tiny.muon import Muon
+from phi_mm.tiny.resume import load_state, save_state
 from phi_mm.tiny.scenes import COLOURS, SHAPES, caption, sample_scene
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class _Run:
             optimizer.zero_grad(set_to_none=True)
 
     def save(self, path: Path) -> None:
-        """Written beside and moved into place: an interrupted save leaves the one before."""
+        """See `save_state`."""
         state = {
             "recipe": asdict(self.recipe),
             "step": self.step,
@@ -208,17 +208,11 @@ class _Run:
             "muon": self.muon.state_dict(),
             "adam": self.adam.state_dict(),
         }
-        torch.save(state, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        save_state(state, path)
 
     def load(self, path: Path) -> None:
         """Raises ValueError when the saved run followed another recipe."""
-        state = torch.load(path, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            raise ValueError(
-                f"got a saved run of recipe {state['recipe']} in {path}, expected "
-                f"{asdict(self.recipe)}; delete {path} or give another work folder"
-            )
+        state = load_state(path, asdict(self.recipe))
         for name in ("model", "heads", "muon", "adam"):
             self.__dict__[name].load_state_dict(state[name])
         self.met, self.step = state["met"], state["step"]

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PhiForCausalLM, PreTrainedTokenizerFast
 
 from phi_mm.tiny.language import KINDS, Question, ask, beside, small_talk, told
 from phi_mm.tiny.muon import Muon
+from phi_mm.tiny.resume import load_state, save_state
 from phi_mm.tiny.scenes import Scene, caption, sample_scene
 
 logger = logging.getLogger(__name__)
@@ -299,7 +299,7 @@ class _Run:
             optimizer.zero_grad(set_to_none=True)
 
     def save(self, path: Path) -> None:
-        """Written beside and moved into place: an interrupted save leaves the one before."""
+        """See `save_state`."""
         state = {
             "recipe": asdict(self.recipe),
             "step": self.step,
@@ -308,17 +308,11 @@ class _Run:
             "muon": self.muon.state_dict(),
             "adam": self.adam.state_dict(),
         }
-        torch.save(state, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        save_state(state, path)
 
     def load(self, path: Path) -> None:
         """Raises ValueError when the saved run followed another recipe."""
-        state = torch.load(path, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            raise ValueError(
-                f"got a saved run of recipe {state['recipe']} in {path}, expected "
-                f"{asdict(self.recipe)}; delete {path} or give another work folder"
-            )
+        state = load_state(path, asdict(self.recipe))
         for part, name in ((self.model, "model"), (self.muon, "muon"), (self.adam, "adam")):
             part.load_state_dict(state[name])
         self.step, self.maker.accuracy = state["step"], state["accuracy"]
