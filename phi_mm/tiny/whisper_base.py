@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from phi_mm.tiny.muon import Muon
+from phi_mm.tiny.resume import save_state
 from phi_mm.tiny.whisper_data import Batch, Batches, load_utterances, word_counts, words_of
 from phi_mm.tiny.whisper_gate import measure, write_gate
 
@@ -215,7 +216,8 @@ def train(
         for each in (*optimizers, *schedules):
             each.step()
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            _save_state(state_path, step + 1, parts)
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_state({"step": step + 1, **states}, state_path)
             shown = f"frame loss {frame_loss.item():.3f}, text loss {text_loss.item():.3f}"
             progress.set_postfix_str(shown)
             logger.info("step %d of %d: %s", step + 1, steps, shown)
@@ -236,13 +238,6 @@ def _optimizers(both: nn.ModuleDict) -> tuple[Muon, torch.optim.AdamW]:
 def _rate(step: int, steps: int) -> float:
     """Learning rate factor: warm-up, constant to 40 % of the steps, then linear to zero."""
     return min((step + 1) / _WARM_UP, 1.0, (steps - step) / (0.6 * steps))
-
-
-def _save_state(path: Path, step: int, parts: dict) -> None:
-    unfinished = path.with_suffix(".tmp")
-    state = {name: part.state_dict() for name, part in parts.items()}
-    torch.save({"step": step, **state}, unfinished)
-    unfinished.replace(path)
 
 
 def save(model: WhisperForConditionalGeneration, processor: WhisperProcessor, out: Path) -> None:
