@@ -5,7 +5,9 @@ content (a file's bytes, or an array's values), so two rows with the same pictur
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from modeling_phi_mm import PhiMMForConditionalGeneration
@@ -21,6 +24,7 @@ from processing import PhiMMProcessor
 
 EXIF_ORIENTATION = 0x0112
 CPU = torch.device("cpu")
+MAX_WORKERS = 8
 
 
 class FeatureCache:
@@ -85,8 +89,8 @@ def fill_cache(
 ) -> None:
     """Run every picture and recording in the rows' `messages` that the cache does not hold yet.
 
-    The towers are moved to `device` for it. May be killed at any moment; the next call goes on
-    behind the last whole batch.
+    The towers are moved to `device` for it, and other processes read and prepare the files while
+    they run. May be killed at any moment; the next call goes on behind the last whole batch.
     """
     for tower in (model.model.vision_tower, model.model.audio_tower):
         if tower is not None:
@@ -96,38 +100,63 @@ def fill_cache(
         for modality, source in _media(dataset):
             if modality in cache.stores and cache.key(source) not in cache.stores[modality]:
                 missing[modality].setdefault(cache.key(source), source)
-    encoders = {"image": _encode_images, "audio": _encode_audio}
+    passes = {"image": (_prepare_images, _encode_images), "audio": (_prepare_audio, _encode_audio)}
     for modality, sources in missing.items():
+        prepare, encode = passes[modality]
         keys = list(sources)
+        batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+        prepared = DataLoader(
+            [[sources[key] for key in batch] for batch in batches],
+            batch_size=None,
+            collate_fn=partial(prepare, processor),
+            num_workers=_spare_cores() if len(batches) > 1 else 0,
+        )
         with tqdm(total=len(keys), desc=f"{modality} features", disable=not keys) as bar:
-            for start in range(0, len(keys), batch_size):
-                batch = keys[start : start + batch_size]
-                encoded = encoders[modality](model, processor, [sources[key] for key in batch])
-                cache.stores[modality].append(zip(batch, encoded, strict=True))
+            for batch, inputs in zip(batches, prepared, strict=True):
+                cache.stores[modality].append(zip(batch, encode(model, *inputs), strict=True))
                 bar.update(len(batch))
 
 
+def _spare_cores() -> int:
+    """Processes that prepare files beside this one."""
+    return min(MAX_WORKERS, (os.cpu_count() or 1) - 1)
+
+
+# What is prepared elsewhere comes back as numpy arrays: tensors would pass through shared memory,
+# of which containers have little.
+def _prepare_images(processor: PhiMMProcessor, sources: list[Any]) -> tuple[np.ndarray]:
+    return (processor(images=sources, return_tensors="np")["pixel_values"],)
+
+
 def _encode_images(
-    model: PhiMMForConditionalGeneration, processor: PhiMMProcessor, sources: list[Any]
+    model: PhiMMForConditionalGeneration, pixels: np.ndarray
 ) -> Iterator[torch.Tensor]:
     """(P, C) of each picture."""
-    pixels = processor(images=sources, return_tensors="pt")["pixel_values"]
-    yield from model.model.get_vision_features(pixels.to(model.model.vision_tower.device))
+    tower = model.model.vision_tower
+    yield from model.model.get_vision_features(torch.from_numpy(pixels).to(tower.device))
+
+
+def _prepare_audio(
+    processor: PhiMMProcessor, sources: list[Any]
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The windows' mel spectra, and the numbers of windows and frames of each recording."""
+    recordings = [processor.load_audio(source) for source in sources]
+    mel = processor(audio=recordings, return_tensors="np")["input_features"]
+    samples = [len(recording) for recording in recordings]
+    return mel, [(processor.count_audio_windows(n), processor.count_frames(n)) for n in samples]
 
 
 def _encode_audio(
-    model: PhiMMForConditionalGeneration, processor: PhiMMProcessor, sources: list[Any]
+    model: PhiMMForConditionalGeneration, mel: np.ndarray, lengths: list[tuple[int, int]]
 ) -> Iterator[torch.Tensor]:
     """(F, C) of each recording: the sounding frames of its windows, one after another."""
-    recordings = [processor.load_audio(source) for source in sources]
-    mel = processor(audio=recordings, return_tensors="pt")["input_features"]
-    frames = model.model.get_audio_tower_features(mel.to(model.model.audio_tower.device))
+    tower = model.model.audio_tower
+    frames = model.model.get_audio_tower_features(torch.from_numpy(mel).to(tower.device))
     start = 0
-    for recording in recordings:
-        end = start + processor.count_audio_windows(len(recording))
+    for windows, sounding in lengths:
         # Only the last window of a recording holds frames without sound, at its end.
-        yield frames[start:end].flatten(0, 1)[: processor.count_frames(len(recording))]
-        start = end
+        yield frames[start : start + windows].flatten(0, 1)[:sounding]
+        start += windows
 
 
 def content_key(source: Any) -> str:

@@ -71,6 +71,14 @@ def _heart(scale: float) -> list[tuple[float, float]]:
     return points
 
 
+def _arc(
+    x: float, y: float, radius: float, start: float, end: float, points: int = 16
+) -> list[tuple[float, float]]:
+    """Points of a circle from one angle to another, in degrees."""
+    angles = np.radians(np.linspace(start, end, points + 1)).tolist()
+    return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
+
+
 # Outlines for radius 1, scaled so that all shapes of one size look equally big.
 OUTLINES: dict[str, list[tuple[float, float]]] = {
     "circle": _regular(32, 1.0),
@@ -80,12 +88,35 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
     "cross": _cross(1.15, 0.38),
     "heart": _heart(1.12),
 }
-REACH = {shape: max(math.hypot(x, y) for x, y in points) for shape, points in OUTLINES.items()}
+# Colours and shapes of training pictures alone. The more of them there are beside the named ones,
+# the more a reader takes colour and shape for two things, and not for a list of pairs.
+OTHER_COLOURS = {
+    "brown": (125, 75, 35),
+    "maroon": (120, 5, 50),
+    "cyan": (0, 195, 215),
+    "lime": (160, 235, 10),
+    "violet": (150, 95, 240),
+}
+OTHER_OUTLINES = {
+    "moon": _arc(0.1, 0.0, 1.2, 60, 300) + _arc(0.55, 0.0, 1.0, 275, 85),
+    "ring": _arc(0.0, 0.0, 1.15, 0, 360) + _arc(0.0, 0.0, 0.6, 360, 0),
+    "drop": [(0.0, -1.3), *_arc(0.0, 0.35, 0.85, -30, 210)],
+    "boat": [(-1.25, -0.2), (1.25, -0.2), (0.75, 0.7), (-0.75, 0.7)],
+    "key": [
+        (-0.4, -1.1), (0.4, -1.1), (0.4, -0.45), (0.2, -0.45), (0.2, 0.3), (0.65, 0.3),
+        (0.65, 1.1), (-0.2, 1.1), (-0.2, -0.45), (-0.4, -0.45),
+    ],
+}  # fmt: skip
+REACH = {
+    shape: max(math.hypot(x, y) for x, y in points)
+    for shape, points in (OUTLINES | OTHER_OUTLINES).items()
+}
 
 
 def _named_colour(name: str, rng: Random) -> tuple[float, ...]:
     return tuple(
-        min(255.0, max(0.0, c + rng.uniform(-COLOUR_JITTER, COLOUR_JITTER))) for c in COLOURS[name]
+        min(255.0, max(0.0, c + rng.uniform(-COLOUR_JITTER, COLOUR_JITTER)))
+        for c in (COLOURS | OTHER_COLOURS)[name]
     )
 
 
@@ -184,7 +215,7 @@ def draw_placed(
         cos, sin = scale * math.cos(turn), scale * math.sin(turn)
         outline = [
             (zoom * (x + cos * u - sin * v) - 0.5, zoom * (y + sin * u + cos * v) - 0.5)
-            for u, v in OUTLINES[thing.shape]
+            for u, v in (OUTLINES | OTHER_OUTLINES)[thing.shape]
         ]
         pen.polygon(outline, fill=tuple(round(c) for c in colour))
     image = Image.fromarray(_shade(np.asarray(canvas.reduce(SUPERSAMPLE)), rng))

@@ -7,6 +7,7 @@ from phi_mm.tiny.lessons import (
     Item,
     Recording,
     as_row,
+    description,
     recorded_sentence,
     repetition,
     speakable,
@@ -51,9 +52,7 @@ def picture(item: Item) -> list[dict]:
     rng = item.chance()
     kind = PICTURE_KINDS[item.number % len(PICTURE_KINDS)]
     scene, question = _scene_question(rng, item.split, kind)
-    described = None
-    while described is None:
-        described = ask(scene, "describe", rng, item.split)
+    described = description(scene, rng, item.split)
     image, recording = item.draw(scene, rng), item.record(question.text, rng)
     drawn = caption(scene)
     return [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import soundfile
 
-from phi_mm.tiny.drawing import draw
+from phi_mm.tiny.drawing import OTHER_COLOURS, OTHER_OUTLINES, draw
 from phi_mm.tiny.facts import arithmetic, fact, greeting
 from phi_mm.tiny.language import (
     MAX_LETTERS,
@@ -18,21 +18,19 @@ from phi_mm.tiny.language import (
     text_dialogue,
 )
 from phi_mm.tiny.questions import KINDS, Question, ask
-from phi_mm.tiny.scenes import Scene, caption, sample_scene
+from phi_mm.tiny.scenes import Scene, caption, renamed, sample_scene
 from phi_mm.tiny.speech import SAMPLE_RATE, speak
 
-# Pictures in colours without a name, and questions that name none: they break the habit of
-# guessing a shape from its colour, which is wrong on pairs never seen.
-UNNAMED_SHARE = 0.3
-# Questions that name no colour about a picture in named ones: otherwise an unfamiliar pair of
-# colour and shape is taken for an unnamed colour, and passed over.
-COLOURLESS_SHARE = 0.2
-STAGE1_TURNS = (6, 10)
+# Share of pictures with colours and shapes beside the named ones: they break the habit of guessing
+# colour and shape from each other, which is wrong on pairs never seen.
+STRANGE_SHARE = 0.5
+STAGE1_TURNS = (2, 4)  # and a description, from which most is learned
 # Stage 2 takes the pictures through these in turn: how many turns are typed, how many spoken.
 STAGE2_TURNS = (((5, 8), 0), ((0, 0), 3), ((5, 8), 0), ((3, 4), 1))
+DESCRIBED_SHARE = 0.6  # of typed conversations in stage 2 that hold a description in any case
 SMALL_TALK_SHARE = 0.06  # typed turns beside a picture that are not about it
 SPEECH_TURNS = (1, 3)
-SCENE_SHARE = 0.5  # spoken conversations without a picture that are about a scene in words
+SCENE_SHARE = 0.35  # spoken conversations without a picture that are about a scene in words
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,10 @@ class Item:
     def chance(self) -> random.Random:
         return random.Random(f"{self.seed} {self.name}")
 
-    def draw(self, scene: Scene, rng: random.Random, unnamed_colours: bool = False) -> str:
+    def draw(self, scene: Scene, rng: random.Random) -> str:
         """Write a picture of the scene; returns its path from `out`."""
         path = f"images/{self.name}.png"
-        draw(scene, rng, unnamed_colours).save(self.out / path)
+        draw(scene, rng).save(self.out / path)
         return path
 
     def record(self, text: str, rng: random.Random, take: int = 0) -> Recording:
@@ -81,21 +79,27 @@ def speakable(text: str) -> bool:
 
 
 def questions(
-    scene: Scene, rng: random.Random, split: str, colourless: float, spoken: bool = False
+    scene: Scene, rng: random.Random, split: str, spoken: bool = False
 ) -> Iterator[Question]:
     """Ever new questions about the scene, kind after kind, none in the same words twice.
 
-    Args:
-        colourless: share of those that name no colour.
-        spoken: only those that fit into the tiny Whisper's window.
+    spoken: only those that fit into the tiny Whisper's window.
     """
     asked = set()
     while True:
         for kind in rng.sample(KINDS, len(KINDS)):
-            found = ask(scene, kind, rng, split, coloured=rng.random() >= colourless)
+            found = ask(scene, kind, rng, split)
             if found and found.text not in asked and (not spoken or speakable(found.text)):
                 asked.add(found.text)
                 yield found
+
+
+def description(scene: Scene, rng: random.Random, split: str) -> Question:
+    """One that asks for the whole scene."""
+    while True:
+        found = ask(scene, "describe", rng, split)
+        if found:
+            return found
 
 
 def told(scene: Scene, rng: random.Random) -> str:
@@ -105,7 +109,7 @@ def told(scene: Scene, rng: random.Random) -> str:
 
 def small_talk(rng: random.Random, split: str) -> Question:
     """A fact, a sum in words or a greeting: what can be asked aloud without a scene."""
-    [make] = rng.choices((fact, arithmetic, greeting), (0.55, 0.4, 0.05))
+    [make] = rng.choices((fact, arithmetic, greeting), (0.4, 0.55, 0.05))
     while True:
         said = make(rng, split, digits=False) if make is arithmetic else make(rng, split)
         if speakable(said.text):
@@ -140,13 +144,13 @@ def picture(item: Item) -> tuple[dict, dict, list[Recording]]:
     """A picture's typed conversation for stage 1 and its typed or spoken one for stage 2."""
     rng = item.chance()
     scene = sample_scene(rng, item.split)
-    unnamed = rng.random() < UNNAMED_SHARE
-    image = item.draw(scene, rng, unnamed)
-    drawn = caption(scene, coloured=not unnamed)
+    if rng.random() < STRANGE_SHARE:
+        scene = renamed(scene, rng, [*OTHER_COLOURS], [*OTHER_OUTLINES])
+    image, drawn = item.draw(scene, rng), caption(scene)
 
-    colourless = 1.0 if unnamed else COLOURLESS_SHARE
-    written = questions(scene, rng, item.split, colourless)
+    written = questions(scene, rng, item.split)
     turns = [next(written) for _ in range(rng.randint(*STAGE1_TURNS))]
+    turns.append(description(scene, rng, item.split))  # last: no answer can be read from it
     stage1 = as_row(item.name, [(q.text, q.answer) for q in turns], image, scene=drawn)
 
     (least, most), spoken = STAGE2_TURNS[item.number % len(STAGE2_TURNS)]
@@ -154,7 +158,9 @@ def picture(item: Item) -> tuple[dict, dict, list[Recording]]:
         small_talk(rng, item.split) if rng.random() < SMALL_TALK_SHARE else next(written)
         for _ in range(rng.randint(least, most))
     ]
-    aloud = questions(scene, rng, item.split, colourless, spoken=True)
+    if turns and rng.random() < DESCRIBED_SHARE:
+        turns[rng.randrange(len(turns))] = description(scene, rng, item.split)
+    aloud = questions(scene, rng, item.split, spoken=True)
     said = [next(aloud) for _ in range(spoken)]
     recordings = [item.record(q.text, rng, take) for take, q in enumerate(said)]
     mixed = [(q.text, q.answer) for q in turns]
@@ -172,7 +178,7 @@ def speech(item: Item) -> tuple[dict, list[Recording]]:
     count = rng.randint(*SPEECH_TURNS)
     if rng.random() < SCENE_SHARE:
         scene = sample_scene(rng, item.split)
-        aloud = questions(scene, rng, item.split, colourless=0.0, spoken=True)
+        aloud = questions(scene, rng, item.split, spoken=True)
         said = [next(aloud) for _ in range(count)]
         opening = told(scene, rng)
     else:

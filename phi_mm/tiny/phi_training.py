@@ -13,10 +13,19 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PhiForCausalLM, PreTrainedTokenizerFast
 
-from phi_mm.tiny.language import KINDS, Question, ask, beside, small_talk, told
+from phi_mm.tiny.language import (
+    KINDS,
+    RENAMED_SHARE,
+    UNTOLD_SHARE,
+    Question,
+    ask,
+    beside,
+    small_talk,
+    told,
+)
 from phi_mm.tiny.muon import Muon
 from phi_mm.tiny.resume import load_state, save_state
-from phi_mm.tiny.scenes import Scene, caption, sample_scene
+from phi_mm.tiny.scenes import Scene, caption, renamed, sample_scene, untold_by_chance
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +56,7 @@ class Recipe:
     adam_rate: float = 2e-3
     weight_decay: float = 0.02
     warmup: int = 30
-    restart: int = 6_400  # step at which a second cycle of the learning rate begins
+    restarts: tuple[int, ...] = (6_400,)  # steps at which the rate's next cycle begins
     constant: float = 0.5  # share of a cycle before the rate falls linearly to zero
     plain_until: float = 0.25  # share of the first cycle whose scene rows are all plain
     mixed_from: float = 0.5  # share of the first cycle after which none is
@@ -55,18 +64,18 @@ class Recipe:
     block_rows: float = 0.45  # share of scene rows whose questions do not see each other
     ahead_rows: float = 0.1  # share of scene rows of questions asked ahead of the scene
     talk_turns: float = 0.12  # share of small talk among a scene conversation's turns
-    colourless: float = 0.12  # share of scenes told and asked about without colours
     gaps: float = 0.25  # share of rows whose turns stand further apart than they are
     save_every: int = 250
 
     def rate(self, step: int) -> float:
         """Factor on the learning rates at the step.
 
-        Two cycles, as in Loshchilov & Hutter (2017), "SGDR": what is right at the end of the
-        first is kept, and what it left open falls quickly in the second.
+        Cycles as in Loshchilov & Hutter (2017), "SGDR": what is right at the end of one is kept,
+        and what it left open falls quickly in the next.
         """
-        first = min(self.restart, self.steps)
-        start, end = (0, first) if step < first else (first, self.steps)
+        edges = [0, *(restart for restart in self.restarts if restart < self.steps), self.steps]
+        start = max(edge for edge in edges[:-1] if edge <= step)
+        end = edges[edges.index(start) + 1]
         rest = (end - step) / max(1.0, (end - start) * (1 - self.constant))
         return min(1.0, (step - start + 1) / self.warmup, rest)
 
@@ -76,7 +85,7 @@ class Recipe:
         What a word is bound to is learned first where all scenes are told alike; told in all
         wordings from the start, it takes more than twice the steps.
         """
-        first = min(self.restart, self.steps)
+        first = min(*self.restarts, self.steps)
         past = (step / first - self.plain_until) / (self.mixed_from - self.plain_until)
         return min(1.0, max(0.0, 1.0 - past))
 
@@ -120,7 +129,7 @@ class RowMaker:
         return weights
 
     def questions(
-        self, rng: Random, scene: Scene, coloured: bool, talk: float
+        self, rng: Random, scene: Scene, untold: str | None, talk: float
     ) -> Iterator[Question]:
         """Endless questions about the scene, with a share of small talk between, none twice."""
         asked = set()
@@ -130,10 +139,15 @@ class RowMaker:
                 yield small_talk(rng, "train")
                 continue
             [kind] = rng.choices(KINDS, weights)
-            question = ask(scene, kind, rng, "train", coloured)
+            question = ask(scene, kind, rng, "train", untold)
             if question is not None and question.text not in asked:
                 asked.add(question.text)
                 yield question
+
+    def scene(self, rng: Random, max_things: int = 4) -> Scene:
+        """A train-split scene, now and then in words for things that are never drawn."""
+        scene = sample_scene(rng, "train", max_things)
+        return renamed(scene, rng) if rng.random() < RENAMED_SHARE else scene
 
     def row(self, rng: Random, tokens: int, plain_share: float = 0.0) -> Row:
         """A random row of at most about `tokens` tokens; `plain_share` of the scenes is plain."""
@@ -146,13 +160,13 @@ class RowMaker:
         form = rng.random()
         if form < recipe.ahead_rows:
             return self._asked_ahead(rng, tokens)
-        scene = sample_scene(rng, "train")
-        coloured = rng.random() >= recipe.colourless
+        scene = self.scene(rng)
+        untold = untold_by_chance(rng, UNTOLD_SHARE)
         if form < recipe.ahead_rows + recipe.block_rows:
-            questions = self.questions(rng, scene, coloured, talk=0.0)
-            return self._blocks(rng, questions, told(scene, rng, coloured), tokens)
-        questions = self.questions(rng, scene, coloured, recipe.talk_turns)
-        return self._conversation(rng, questions, told(scene, rng, coloured), tokens)
+            questions = self.questions(rng, scene, untold, talk=0.0)
+            return self._blocks(rng, questions, told(scene, rng, untold), tokens)
+        questions = self.questions(rng, scene, untold, recipe.talk_turns)
+        return self._conversation(rng, questions, told(scene, rng, untold), tokens)
 
     def _answer(self, row: Row, question: Question, asked: str, start: int, block: int) -> int:
         """Appends the turn's question and answer; the position after it."""
@@ -178,9 +192,9 @@ class RowMaker:
 
     def _plain(self, rng: Random, tokens: int) -> Row:
         """Questions in blocks about few things, named one after the other in any order."""
-        scene = sample_scene(rng, "train", max_things=3)
+        scene = self.scene(rng, max_things=3)
         shuffled = Scene(tuple(rng.sample(scene.things, len(scene.things))))
-        questions = self.questions(rng, scene, coloured=True, talk=0.0)
+        questions = self.questions(rng, scene, untold=None, talk=0.0)
         return self._blocks(rng, questions, f"{caption(shuffled)}.", tokens)
 
     def _asked_ahead(self, rng: Random, tokens: int) -> Row:
@@ -188,10 +202,10 @@ class RowMaker:
         row, block = Row(), 0
         while len(row.ids) <= tokens - 50:
             block += 1
-            scene = sample_scene(rng, "train")
-            coloured = rng.random() >= self.recipe.colourless
-            question = next(iter(self.questions(rng, scene, coloured, talk=0.0)))
-            text = f"Instruct: {question.text} {told(scene, rng, coloured)}"
+            scene = self.scene(rng)
+            untold = untold_by_chance(rng, UNTOLD_SHARE)
+            question = next(iter(self.questions(rng, scene, untold, talk=0.0)))
+            text = f"Instruct: {question.text} {told(scene, rng, untold)}"
             self._answer(row, question, text, 0, block)
         return row
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STAGE1_REPETITIONS = 3  # recordings in a row to be written down
 STAGE2_REPETITIONS = 2
-STAGE2_SHARE = 0.35  # of all recordings that stage 2 has written down again
+STAGE2_SHARE = 0.2  # of all recordings that stage 2 has written down again
 MIXED = 40  # rows of each task in the small mix for the validation loss
 CHUNK = 16  # items handed to a worker at a time
 
@@ -31,16 +31,17 @@ def write_world(
     out: Path,
     seed: int,
     images: int = 5000,
-    speeches: int = 800,
-    sentences: int = 700,
-    texts: int = 2000,
+    speeches: int = 1200,
+    sentences: int = 500,
+    texts: int = 1000,
     validation: int = 200,
     test: int = 400,
     workers: int = 2,
 ) -> dict[str, int]:
     """Write the world into `out`, or keep the one that the same arguments and code wrote there.
 
-    `stage1.json` (pictures with several typed turns; recordings to be written down), `stage2.json`
+    `stage1.json` (pictures with several typed turns; spoken conversations; recordings to be written
+    down), `stage2.json`
     (typed, spoken and mixed conversations about the same pictures; spoken and plain text ones;
     recordings), `validation.json` (a small mix for the validation loss), and one file for each task
     of `exams.TASKS` in `val/` and `test/`, in the form of LLaVA-Instruct-150K; media in `images/`
@@ -145,6 +146,7 @@ def _files(made: list[tuple[Item, Any]], seed: int) -> dict[str, list[dict]]:
             recordings += said
         elif item.kind == "speech":
             row, said = result
+            files["stage1.json"].append(row)
             files["stage2.json"].append(row)
             recordings += said
         elif item.kind == "sentence":

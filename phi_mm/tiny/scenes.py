@@ -2,8 +2,8 @@
 
 import random
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 COLOURS = {
@@ -16,6 +16,16 @@ COLOURS = {
     "pink": (255, 120, 190),
     "black": (25, 25, 25),
 }
+# Words that stand for a colour or a shape in text alone: nothing is drawn in or as one of these.
+OTHER_COLOURS = (
+    "white grey brown golden silver violet cyan lime navy olive beige maroon striped spotted "
+    "shiny clear dark pale"
+).split()
+OTHER_SHAPES = (
+    "dog cat bird horse cow pig frog spider bee car bike banana lemon tomato carrot moon ring "
+    "arrow cube drop cloud tree house boat key cup hat ball"
+).split()
+RENAMED = 0.6  # share of the colours and shapes that `renamed` gives another word
 SIZES = ("small", "large")
 PLACES = (
     "top left",
@@ -86,15 +96,21 @@ def where(place: int) -> str:
     return f"{preposition} the {name}"
 
 
-def name(thing: Thing, coloured: bool = True) -> str:
-    """The thing without article or place: "small red star"."""
-    colour = f" {thing.colour}" if coloured else ""
-    return f"{thing.size}{colour} {thing.shape}"
+def name(thing: Thing, untold: str | None = None) -> str:
+    """The thing without article or place: "small red star".
+
+    untold: "colour" ("small star") or "shape" ("small red thing") is left out.
+    """
+    colour = "" if untold == "colour" else f" {thing.colour}"
+    return f"{thing.size}{colour} {'thing' if untold == 'shape' else thing.shape}"
 
 
-def caption(scene: Scene, coloured: bool = True) -> str:
-    """The canonical description: "a small red star at the top left and a ... in the middle"."""
-    return " and ".join(f"a {name(t, coloured)} {where(t.place)}" for t in scene.things)
+def caption(scene: Scene, untold: str | None = None) -> str:
+    """The canonical description: "a small red star at the top left and a ... in the middle".
+
+    untold: see `name`.
+    """
+    return " and ".join(f"a {name(t, untold)} {where(t.place)}" for t in scene.things)
 
 
 def split_of(text: str) -> str:
@@ -106,6 +122,35 @@ def split_of(text: str) -> str:
 def pairs_allowed(split: str) -> frozenset[tuple[str, str]]:
     """The colour-shape pairs that texts of the split may name and its scenes may hold."""
     return SEEN_PAIRS | HELD_PAIRS[split]
+
+
+def untold_by_chance(rng: random.Random, share: float) -> str | None:
+    """ "colour" or "shape" with the given probability: what is left untold; None otherwise."""
+    return rng.choice(("colour", "shape")) if rng.random() < share else None
+
+
+def renamed(
+    scene: Scene,
+    rng: random.Random,
+    colours: Sequence[str] = OTHER_COLOURS,
+    shapes: Sequence[str] = OTHER_SHAPES,
+) -> Scene:
+    """The scene with other words for some of its colours and shapes: "a small golden dog".
+
+    What a colour is bound to is learned as one rule for all words when there are many, and as a
+    list of pairs when there are few: then a pair never met is misread.
+    """
+    words: dict[str, str] = {}
+    for kind, others in (("colour", colours), ("shape", shapes)):
+        used = sorted({getattr(thing, kind) for thing in scene.things})
+        chosen = rng.sample(others, len(used))
+        words |= {w: o for w, o in zip(used, chosen, strict=True) if rng.random() < RENAMED}
+    return Scene(
+        tuple(
+            replace(t, colour=words.get(t.colour, t.colour), shape=words.get(t.shape, t.shape))
+            for t in scene.things
+        )
+    )
 
 
 def _sample_thing(

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from phi_mm.tiny.clip_training import sample_crowd
-from phi_mm.tiny.drawing import CONTRAST, SIZE, draw, draw_placed
+from phi_mm.tiny.drawing import (
+    CONTRAST,
+    OTHER_COLOURS,
+    OTHER_OUTLINES,
+    SIZE,
+    draw,
+    draw_placed,
+)
 from phi_mm.tiny.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, sample_scene
 
 
@@ -17,7 +24,8 @@ def one(shape="circle", colour="red", size="large", place=4):
 
 
 def nearest_name(rgb):
-    return min(COLOURS, key=lambda name: math.dist(rgb, COLOURS[name]))
+    known = COLOURS | OTHER_COLOURS
+    return min(known, key=lambda name: math.dist(rgb, known[name]))
 
 
 def differs_from_paper(image):
@@ -66,9 +74,11 @@ def test_freedom_zero_puts_things_in_the_middles_of_their_cells():
     assert drawing.centres == tuple((8 + 16 * (p % 3), 8 + 16 * (p // 3)) for p in range(9))
 
 
-def test_nine_large_things_fit():
-    things = tuple(Thing("star", "blue", "large", place) for place in range(9))
-    assert len(draw_placed(Scene(things), Random(5)).centres) == 9
+@pytest.mark.parametrize("shape", [*SHAPES, *OTHER_OUTLINES])
+def test_nine_large_things_fit(shape):
+    things = tuple(Thing(shape, "blue", "large", place) for place in range(9))
+    for seed in range(20):
+        assert len(draw_placed(Scene(things), Random(seed)).centres) == 9
 
 
 def test_two_things_in_one_place_are_refused():
@@ -77,7 +87,7 @@ def test_two_things_in_one_place_are_refused():
         draw(Scene(things), Random(6))
 
 
-@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("colour", [*COLOURS, *OTHER_COLOURS])
 def test_a_named_colour_stays_nearest_to_its_name(colour):
     rng = Random(7)
     for _ in range(60):
@@ -108,7 +118,7 @@ def test_large_is_clearly_larger_than_small(shape):
 
 def test_every_thing_stands_off_from_the_background():
     rng = Random(10)
-    for colour in COLOURS:
+    for colour in COLOURS | OTHER_COLOURS:
         for _ in range(20):
             mask = differs_from_paper(draw(one("square", colour, "large"), rng))
             assert 90 < mask.sum() < 180  # the square (side 10.2 to 11.4 pixels) and nothing else

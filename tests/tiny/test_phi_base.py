@@ -130,7 +130,7 @@ def test_kinds_answered_wrongly_are_asked_more(tokenizer):
 
 
 def test_scenes_are_plain_at_first_and_told_in_all_wordings_in_the_end(tokenizer):
-    recipe = Recipe(seed=0, steps=150, restart=100)
+    recipe = Recipe(seed=0, steps=150, restarts=(100,))
     assert [recipe.plain_share(step) for step in (0, 25, 50, 99)] == [1.0, 1.0, 0.0, 0.0]
     assert recipe.plain_share(30) == pytest.approx(0.8)
     rates = [recipe.rate(step) for step in (0, 40, 75, 99, 100, 149)]

@@ -10,10 +10,17 @@ import soundfile
 from PIL import Image
 
 from phi_mm.datasets import check, load_rows
+from phi_mm.tiny.drawing import OTHER_COLOURS, OTHER_OUTLINES
 from phi_mm.tiny.exams import PICTURE_KINDS, TALK_KINDS, TASKS
 from phi_mm.tiny.language import REPEAT
 from phi_mm.tiny.rows import write_world
-from phi_mm.tiny.scenes import COLOURS, HELD_PAIRS, TEST_PAIRS, VALIDATION_PAIRS, split_of
+from phi_mm.tiny.scenes import (
+    COLOURS,
+    HELD_PAIRS,
+    TEST_PAIRS,
+    VALIDATION_PAIRS,
+    split_of,
+)
 from phi_mm.tiny.speech import TEST_VOICES, TRAIN_VOICES, VALIDATION_VOICES
 from phi_mm.tiny.wordings import named_pairs
 
@@ -62,9 +69,10 @@ def test_nothing_held_out_is_in_a_training_row(world):
         media = [row.get("image", "images/train_"), *row.get("audio", [])]
         assert all("/train_" in path for path in media), row
         if "image" in row:
-            # Colours without a name leave nothing to hold out in the scene but its shapes.
-            coloured = any(colour in row["scene"].split() for colour in COLOURS)
-            assert not coloured or split_of(row["scene"]) == "train", row
+            # Colours without a name, and other words, leave no whole scene to hold out.
+            words = set(row["scene"].split())
+            plain = words & set(COLOURS) and not words & {*OTHER_COLOURS, *OTHER_OUTLINES}
+            assert not plain or split_of(row["scene"]) == "train", row
             for text in said(row, "human"):
                 question = text.removeprefix("<image>\n")
                 assert question == "<audio>" or split_of(question) == "train", row
@@ -119,11 +127,13 @@ def test_spoken_tasks_ask_what_the_written_ones_ask(world):
             assert one.get("image") == other.get("image")
 
 
-def test_stage1_has_long_picture_conversations_and_repetitions(world):
+def test_stage1_has_long_picture_conversations_spoken_ones_and_repetitions(world):
     rows = rows_of(world, "stage1.json")
     pictures = [row for row in rows if "image" in row]
-    repetitions = [row for row in rows if "audio" in row]
-    assert len(pictures) == 120 and len(pictures) + len(repetitions) == len(rows)
+    repetitions = [row for row in rows if "repetition" in row["id"]]
+    spoken = [row for row in rows if "speech" in row["id"]]
+    assert len(pictures) == 120 and len(spoken) == 20
+    assert len(pictures) + len(spoken) + len(repetitions) == len(rows)
     assert {len(said(row, "human")) for row in pictures} == {6, 7, 8, 9, 10}
     for row in pictures:
         texts = said(row, "human")
@@ -139,13 +149,23 @@ def test_stage1_has_long_picture_conversations_and_repetitions(world):
 
 
 def test_pictures_in_unnamed_colours_are_never_asked_for_a_colour(world):
-    colours = re.compile(rf"\b({'|'.join(COLOURS)})\b")
+    colours = re.compile(rf"\b({'|'.join(COLOURS | OTHER_COLOURS)})\b")
     pictures = [row for row in rows_of(world, "stage1.json") if "image" in row]
     unnamed = [row for row in pictures if not colours.search(row["scene"])]
-    assert 0.2 < len(unnamed) / len(pictures) < 0.4
+    assert 0.15 < len(unnamed) / len(pictures) < 0.35
     for row in unnamed:
         assert not colours.search(" ".join(said(row, "human") + said(row, "gpt")))
         assert not any("colour" in text for text in said(row, "human"))
+
+
+def test_many_training_pictures_hold_colours_and_shapes_that_no_test_asks_for(world):
+    strange = re.compile(rf"\b({'|'.join([*OTHER_COLOURS, *OTHER_OUTLINES])})\b")
+    pictures = [row for row in rows_of(world, "stage1.json") if "image" in row]
+    found = [row for row in pictures if strange.search(row["scene"])]
+    assert 0.3 < len(found) / len(pictures) < 0.6
+    for folder in ("val", "test"):
+        for row in rows_of(world, f"{folder}/describe.json"):
+            assert not strange.search(row["scene"] + row["answer"])
 
 
 def test_what_pictures_hold_is_what_is_said_of_them(world):
@@ -154,7 +174,8 @@ def test_what_pictures_hold_is_what_is_said_of_them(world):
     for row in (row for row in rows_of(world, "stage1.json") if "image" in row):
         for question, answer in zip(said(row, "human"), said(row, "gpt"), strict=True):
             if answer.startswith("a ") and re.search(r" (on|at|in) the ", answer):
-                colourless = re.sub(rf"\b({'|'.join(COLOURS)}) ", "", row["scene"])
+                colours = "|".join(COLOURS | OTHER_COLOURS)
+                colourless = re.sub(rf"\b({colours}) ", "", row["scene"])
                 assert answer in (row["scene"], colourless)
                 checked["describe"] += 1
                 checked["colour passed over"] += answer != row["scene"]

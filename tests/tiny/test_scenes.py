@@ -8,6 +8,8 @@ import pytest
 from phi_mm.tiny.scenes import (
     COLOURS,
     HELD_PAIRS,
+    OTHER_COLOURS,
+    OTHER_SHAPES,
     PLACES,
     SEEN_PAIRS,
     SHAPES,
@@ -17,6 +19,7 @@ from phi_mm.tiny.scenes import (
     Scene,
     Thing,
     caption,
+    renamed,
     sample_scene,
     split_of,
     where,
@@ -37,9 +40,31 @@ def test_held_out_pairs_cover_every_shape_once_in_different_colours():
 
 def test_caption_in_reading_order():
     assert caption(TWO) == "a small pink star at the top left and a large blue circle in the middle"
-    assert caption(TWO, coloured=False) == (
+    assert caption(TWO, untold="colour") == (
         "a small star at the top left and a large circle in the middle"
     )
+    assert caption(TWO, untold="shape") == (
+        "a small pink thing at the top left and a large blue thing in the middle"
+    )
+
+
+def test_a_renamed_scene_keeps_what_is_alike_and_where_it_is():
+    rng = random.Random(4)
+    changed = Counter()
+    for _ in range(300):
+        scene = sample_scene(rng, "train")
+        other = renamed(scene, rng)
+        for before, after in zip(scene.things, other.things, strict=True):
+            assert (before.size, before.place) == (after.size, after.place)
+            assert after.colour in (before.colour, *OTHER_COLOURS)
+            assert after.shape in (before.shape, *OTHER_SHAPES)
+            changed[before.colour != after.colour, before.shape != after.shape] += 1
+        for kind in ("colour", "shape"):
+            before = [getattr(thing, kind) for thing in scene.things]
+            after = [getattr(thing, kind) for thing in other.things]
+            assert [before.index(word) for word in before] == [after.index(word) for word in after]
+    assert min(changed.values()) > 0.1 * changed.total()
+    assert not {*OTHER_COLOURS, *OTHER_SHAPES} & {*COLOURS, *SHAPES}
 
 
 def test_places_in_words_are_distinct_and_row_major():

@@ -9,7 +9,7 @@ from collections import Counter
 import datasets
 import evaluate
 
-from phi_mm.tiny.scenes import COLOURS, SHAPES
+from phi_mm.tiny.scenes import COLOURS, OTHER_COLOURS, OTHER_SHAPES, SHAPES
 
 _DESCRIPTION = (
     "The share of descriptions that name each shape with its colour, none more and none less, "
@@ -25,7 +25,9 @@ Returns:
 Raises:
     ValueError: on a reference that names no shape of the tiny world.
 """
-_THING = re.compile(rf"\b(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})\b")
+_COLOUR = "|".join((*COLOURS, *OTHER_COLOURS))
+_SHAPE = "|".join((*SHAPES, *OTHER_SHAPES, "thing"))
+_THING = re.compile(rf"\b(?:({_COLOUR}) )?({_SHAPE})\b")
 
 
 class SceneMatch(evaluate.Metric):
