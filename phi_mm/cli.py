@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "demo", demo)
     verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (%(default)s)")
+    verb.add_argument("--seed", type=int, default=0, help="of world and training (%(default)s)")
 
     verb = _verb(verbs, "train", train)
     verb.add_argument("arguments", nargs="+", metavar="RECIPE [section.key=value]")
@@ -124,7 +125,7 @@ def demo(given: argparse.Namespace) -> None:
     """Everything at once: data, training, scores, answers."""
     from phi_mm.demo import Demo
 
-    Demo(given.out).run()
+    Demo(given.out, seed=given.seed).run()
 
 
 def train(given: argparse.Namespace) -> None:

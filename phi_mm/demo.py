@@ -25,7 +25,6 @@ from phi_mm.recipes import load_recipe
 from phi_mm.steps import Steps, digest
 from phi_mm.tiny.rows import write_world
 
-SEED = 0
 PROCESSES = 2  # that train together
 ANSWER_TOKENS = 48
 COLUMNS = 24  # of a picture in the terminal
@@ -46,11 +45,13 @@ class Demo:
         out: folder for the world, both runs, the report and the artefact.
         recipes: folder with stage1.yaml and stage2.yaml.
         amounts: of `write_world`, where they are not its own.
+        seed: of the world, of both trainings and of the controls.
     """
 
     out: Path
     recipes: Path = TINY_RECIPES
     amounts: dict[str, int] = field(default_factory=dict)
+    seed: int = 0
 
     def run(self) -> None:
         """All steps, then a summary for someone who has never seen this project.
@@ -64,7 +65,7 @@ class Demo:
         bases = self._bases()
         print("phi-mm demo: a Phi that sees and hears, trained from its parts on this machine.")
         print("\n== the world: pictures, recordings and questions")
-        write_world(self.out / "world", SEED, **self.amounts)  # keeps by itself what is right
+        write_world(self.out / "world", self.seed, **self.amounts)  # keeps by itself what is right
         world_took = time.monotonic() - began
         steps = Steps(self.out, print)
         made = digest([self.out / "world" / "manifest.json", *bases])
@@ -108,6 +109,7 @@ class Demo:
         batch = recipe.training["per_device_train_batch_size"]
         moved = {
             "training.output_dir": str(self.out / stage),
+            "training.seed": self.seed,
             # All processes together make the recipe's batch.
             "training.per_device_train_batch_size": batch // PROCESSES,
             "data.train": str(world / f"{stage}.json"),
@@ -124,7 +126,7 @@ class Demo:
         return [f"{key}={json.dumps(value)}" for key, value in moved.items()]
 
     def _evaluate(self) -> None:
-        tasks = evaluate_run(self.out / "stage2", seed=SEED)
+        tasks = evaluate_run(self.out / "stage2", seed=self.seed)
         write_report(tasks, self.out, "phi-mm demo")
 
     def _export(self) -> None:
@@ -133,7 +135,7 @@ class Demo:
     def _answer(self) -> None:
         """One question of each kind, drawn at random, to the artefact in a fresh process."""
         print("\n== the artefact answers, loaded by AutoModel in a process without this project")
-        rng = random.Random(SEED)
+        rng = random.Random(self.seed)
         asked = {
             task: rng.choice(load_items(self.out / "world" / "test" / f"{task}.json", task))
             for task in SHOWN

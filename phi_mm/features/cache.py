@@ -25,6 +25,7 @@ from processing import PhiMMProcessor
 EXIF_ORIENTATION = 0x0112
 CPU = torch.device("cpu")
 MAX_WORKERS = 8
+WRITTEN_AT_ONCE = 16 << 20  # bytes: waiting for the disk after every batch would take half the time
 
 
 class FeatureCache:
@@ -90,7 +91,7 @@ def fill_cache(
     """Run every picture and recording in the rows' `messages` that the cache does not hold yet.
 
     The towers are moved to `device` for it, and other processes read and prepare the files while
-    they run. May be killed at any moment; the next call goes on behind the last whole batch.
+    they run. May be killed at any moment; the next call goes on behind what was last written.
     """
     for tower in (model.model.vision_tower, model.model.audio_tower):
         if tower is not None:
@@ -111,10 +112,15 @@ def fill_cache(
             collate_fn=partial(prepare, processor),
             num_workers=_spare_cores() if len(batches) > 1 else 0,
         )
+        encoded: list[tuple[str, torch.Tensor]] = []
         with tqdm(total=len(keys), desc=f"{modality} features", disable=not keys) as bar:
             for batch, inputs in zip(batches, prepared, strict=True):
-                cache.stores[modality].append(zip(batch, encode(model, *inputs), strict=True))
+                encoded += zip(batch, (f.cpu() for f in encode(model, *inputs)), strict=True)
                 bar.update(len(batch))
+                if sum(features.nbytes for _, features in encoded) >= WRITTEN_AT_ONCE:
+                    cache.stores[modality].append(encoded)
+                    encoded = []
+        cache.stores[modality].append(encoded)
 
 
 def _spare_cores() -> int:

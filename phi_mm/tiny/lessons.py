@@ -23,12 +23,14 @@ from phi_mm.tiny.speech import SAMPLE_RATE, speak
 
 # Share of pictures with colours and shapes beside the named ones: they break the habit of guessing
 # colour and shape from each other, which is wrong on pairs never seen.
-STRANGE_SHARE = 0.5
-STAGE1_TURNS = (2, 4)  # and a description, from which most is learned
+STRANGE_SHARE = 0.4
+# What is asked about a picture, in turn; what is slowest to learn comes twice.
+ROUND = (*KINDS, "count", "exist", "relation")
+STAGE1_TURNS = (3, 6)  # and a description, from which most is learned
 # Stage 2 takes the pictures through these in turn: how many turns are typed, how many spoken.
-STAGE2_TURNS = (((5, 8), 0), ((0, 0), 3), ((5, 8), 0), ((3, 4), 1))
-DESCRIBED_SHARE = 0.6  # of typed conversations in stage 2 that hold a description in any case
-SMALL_TALK_SHARE = 0.06  # typed turns beside a picture that are not about it
+STAGE2_TURNS = (((7, 10), 0), ((0, 0), 3), ((7, 10), 0), ((4, 6), 1))
+DESCRIBED_SHARE = 0.35  # of typed conversations in stage 2 that hold a description in any case
+SMALL_TALK_SHARE = 0.04  # typed turns beside a picture that are not about it
 SPEECH_TURNS = (1, 3)
 SCENE_SHARE = 0.35  # spoken conversations without a picture that are about a scene in words
 
@@ -87,7 +89,7 @@ def questions(
     """
     asked = set()
     while True:
-        for kind in rng.sample(KINDS, len(KINDS)):
+        for kind in rng.sample(ROUND, len(ROUND)):
             found = ask(scene, kind, rng, split)
             if found and found.text not in asked and (not spoken or speakable(found.text)):
                 asked.add(found.text)

@@ -68,6 +68,8 @@ SCENE = "a small red star at the top left and a large blue circle in the middle"
         ("a small red star at the top left", 0.0),
         ("a blue star and a red circle", 0.0),
         (f"{SCENE} and a red star", 0.0),
+        (f"{SCENE} and a large red moon", 0.0),
+        (SCENE.replace("blue circle", "cyan circle"), 0.0),
         ("a star and a circle", 0.0),
         ("", 0.0),
     ],

@@ -87,6 +87,17 @@ def test_cached_batches_give_the_live_loss(recipe, rows: Path, tmp_path: Path):
         torch.testing.assert_close(model(**cached).loss, model(**live).loss, atol=1e-5, rtol=0)
 
 
+def test_what_is_written_does_not_depend_on_how_often(recipe, rows: Path, tmp_path, monkeypatch):
+    model, processor = join_parts(recipe())
+    data = mixture([{"path": str(rows)}], seed=0)
+    for name, at_once in (("seldom", 16 << 20), ("often", 1)):
+        monkeypatch.setattr("phi_mm.features.cache.WRITTEN_AT_ONCE", at_once)
+        cache = open_cache(tmp_path / name, model, processor)
+        fill_cache(cache, model, processor, [data], batch_size=5)
+    for file in ("image/features.bin", "audio/features.bin", "audio/index.jsonl"):
+        assert (tmp_path / "often" / file).read_bytes() == (tmp_path / "seldom" / file).read_bytes()
+
+
 def test_filling_goes_on_where_it_was_killed(recipe, rows: Path, tmp_path: Path):
     model, processor = join_parts(recipe())
     data = mixture([{"path": str(rows)}], seed=0)
