@@ -14,10 +14,8 @@ from phi_mm.tiny.scenes import (
     caption,
     name,
     pairs_allowed,
-    renamed,
     sample_scene,
     split_of,
-    untold_by_chance,
     where,
 )
 from phi_mm.tiny.wordings import NUMBERS, named_pairs
@@ -40,8 +38,6 @@ __all__ = [
 MAX_WORDS = 12  # of a spoken sentence
 MAX_LETTERS = 62
 MAX_TURNS = 6
-UNTOLD_SHARE = 0.2  # of scenes told and asked about without their colours or their shapes
-RENAMED_SHARE = 0.5  # of the train split's scenes in words for things that are never drawn
 REPEAT = (
     "say this again: {x}",
     "repeat this: {x}",
@@ -60,46 +56,45 @@ _SALAD = (
 )
 
 
-def _sentence_about(thing: Thing, form: int, untold: str | None) -> str:
+def _sentence_about(thing: Thing, form: int, coloured: bool) -> str:
     """One thing in one of the wordings of `describe`, without a full stop."""
-    words, place = name(thing, untold), where(thing.place)
-    shape = "thing" if untold == "shape" else thing.shape
-    look = thing.size if untold == "colour" else f"{thing.size} and {thing.colour}"
+    words, place = name(thing, coloured), where(thing.place)
+    size = f"{thing.size} and {thing.colour}" if coloured else thing.size
     return (
         f"a {words} {place}",
         f"there is a {words} {place}",
         f"{place} there is a {words}",
         f"{place} is a {words}",
         f"the {words} is {place}",
-        f"the {shape} {place} is {look}",
+        f"the {thing.shape} {place} is {size}",
         f"i see a {words} {place}",
         f"{place}: a {words}",
     )[form]
 
 
-def describe(scene: Scene, rng: random.Random | None = None, untold: str | None = None) -> str:
+def describe(scene: Scene, rng: random.Random | None = None, coloured: bool = True) -> str:
     """The scene in words, without a final full stop.
 
     rng None: the canonical description in reading order. Otherwise one of several wordings, half
-    of them in another order, some mixing wordings. untold: "colour" or "shape" is not named.
+    of them in another order, some mixing wordings. coloured=False names no colour.
     """
     if rng is None or rng.random() < 0.15:
-        return caption(scene, untold)
+        return caption(scene, coloured)
     things = list(scene.things)
     if rng.random() < 0.6:
         rng.shuffle(things)
     if rng.random() < 0.2:  # a list: "a small red star at the top and ..."
-        return rng.choice((" and ", ", ")).join(_sentence_about(t, 0, untold) for t in things)
+        return rng.choice((" and ", ", ")).join(_sentence_about(t, 0, coloured) for t in things)
     forms = [rng.randint(1, 7)] * len(things)
     if rng.random() < 0.25:
         forms = [rng.randint(1, 7) for _ in things]
     mark = rng.choice((". ", ". ", ", ", " and "))
-    return mark.join(_sentence_about(t, f, untold) for t, f in zip(things, forms, strict=True))
+    return mark.join(_sentence_about(t, f, coloured) for t, f in zip(things, forms, strict=True))
 
 
-def _scene_question(rng: random.Random, split: str, scene: Scene, untold: str | None) -> Question:
+def _scene_question(rng: random.Random, split: str, scene: Scene, coloured: bool) -> Question:
     while True:
-        found = ask(scene, rng.choice(KINDS), rng, split, untold)
+        found = ask(scene, rng.choice(KINDS), rng, split, coloured)
         if found is not None:
             return found
 
@@ -113,8 +108,8 @@ def _caption_sentence(rng: random.Random, split: str) -> str:
 
 
 def _question_sentence(rng: random.Random, split: str) -> str:
-    untold = None if rng.random() < 0.85 else "colour"
-    return _scene_question(rng, split, sample_scene(rng, split), untold).text
+    coloured = rng.random() < 0.85
+    return _scene_question(rng, split, sample_scene(rng, split), coloured).text
 
 
 def _word_salad(rng: random.Random, split: str) -> str:
@@ -163,9 +158,9 @@ def small_talk(rng: random.Random, split: str) -> Question:
     return make(rng, split)
 
 
-def told(scene: Scene, rng: random.Random, untold: str | None = None) -> str:
+def told(scene: Scene, rng: random.Random, coloured: bool = True) -> str:
     """The scene as a user tells it: "look: there is a small red star at the top." """
-    return f"{rng.choice(INTRODUCTIONS)}{describe(scene, rng, untold)}."
+    return f"{rng.choice(INTRODUCTIONS)}{describe(scene, rng, coloured)}."
 
 
 def beside(scene: str, questions: list[Question], rng: random.Random) -> list[tuple[str, str]]:
@@ -184,10 +179,10 @@ def beside(scene: str, questions: list[Question], rng: random.Random) -> list[tu
 
 
 def scene_dialogue(
-    scene: Scene, questions: list[Question], rng: random.Random, untold: str | None = None
+    scene: Scene, questions: list[Question], rng: random.Random, coloured: bool = True
 ) -> list[tuple[str, str]]:
     """`beside` for a scene that is told here, in one of the wordings of `told`."""
-    return beside(told(scene, rng, untold), questions, rng)
+    return beside(told(scene, rng, coloured), questions, rng)
 
 
 def text_dialogue(
@@ -195,23 +190,20 @@ def text_dialogue(
 ) -> list[tuple[str, str]]:
     """A conversation in text alone: (user, assistant) for each of 1 to `max_turns` turns.
 
-    Two in three are about a scene described in words, some of these without colours or shapes,
-    now and then with small talk between; the others are small talk. In "train" many scenes are in
-    words for things that are never drawn. Raises ValueError when max_turns < 1.
+    Two in three are about a scene described in words, some of these without colours, now and then
+    with small talk between; the others are small talk. Raises ValueError when max_turns < 1.
     """
     if max_turns < 1:
         raise ValueError(f"got max_turns={max_turns}, expected at least 1")
     count = rng.randint(1, max_turns)
     if rng.random() < 0.33:
         return [(q.text, q.answer) for q in (small_talk(rng, split) for _ in range(count))]
-    untold = untold_by_chance(rng, UNTOLD_SHARE)
+    coloured = rng.random() < 0.85
     scene = sample_scene(rng, split)
-    if split == "train" and rng.random() < RENAMED_SHARE:
-        scene = renamed(scene, rng)
-    questions = [_scene_question(rng, split, scene, untold)]
+    questions = [_scene_question(rng, split, scene, coloured)]
     for _ in range(count - 1):
         talk = rng.random() < 0.15
         questions.append(
-            small_talk(rng, split) if talk else _scene_question(rng, split, scene, untold)
+            small_talk(rng, split) if talk else _scene_question(rng, split, scene, coloured)
         )
-    return scene_dialogue(scene, questions, rng, untold)[:max_turns]
+    return scene_dialogue(scene, questions, rng, coloured)[:max_turns]

@@ -129,7 +129,7 @@ def save_checkpoint(model: PhiForCausalLM, tokenizer: PreTrainedTokenizerFast, o
 
 
 def build(
-    out: Path, seed: int, work: Path, steps: int = 12_800, gate_questions: int = 150
+    out: Path, seed: int, work: Path, steps: int = 17_400, gate_questions: int = 150
 ) -> dict[str, list]:
     """Trains the tiny Phi, writes it to `out` with its measured gate, returns the gate.
 

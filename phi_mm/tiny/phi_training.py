@@ -13,19 +13,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PhiForCausalLM, PreTrainedTokenizerFast
 
-from phi_mm.tiny.language import (
-    KINDS,
-    RENAMED_SHARE,
-    UNTOLD_SHARE,
-    Question,
-    ask,
-    beside,
-    small_talk,
-    told,
-)
+from phi_mm.tiny.language import KINDS, Question, ask, beside, small_talk, told
 from phi_mm.tiny.muon import Muon
 from phi_mm.tiny.resume import load_state, save_state
-from phi_mm.tiny.scenes import Scene, caption, renamed, sample_scene, untold_by_chance
+from phi_mm.tiny.scenes import Scene, caption, renamed, sample_scene
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +47,7 @@ class Recipe:
     adam_rate: float = 2e-3
     weight_decay: float = 0.02
     warmup: int = 30
-    restarts: tuple[int, ...] = (6_400,)  # steps at which the rate's next cycle begins
+    restarts: tuple[int, ...] = (6_400, 10_400, 14_400)  # steps at which a cycle of the rate begins
     constant: float = 0.5  # share of a cycle before the rate falls linearly to zero
     plain_until: float = 0.25  # share of the first cycle whose scene rows are all plain
     mixed_from: float = 0.5  # share of the first cycle after which none is
@@ -64,6 +55,9 @@ class Recipe:
     block_rows: float = 0.45  # share of scene rows whose questions do not see each other
     ahead_rows: float = 0.1  # share of scene rows of questions asked ahead of the scene
     talk_turns: float = 0.12  # share of small talk among a scene conversation's turns
+    colourless: float = 0.12  # share of scenes told and asked about without colours
+    renamed: float = 0.5  # share of scenes in words for things that are never drawn
+    renamed_from: int = 14_400  # step from which on there are any
     gaps: float = 0.25  # share of rows whose turns stand further apart than they are
     save_every: int = 250
 
@@ -114,6 +108,7 @@ class RowMaker:
         self.tokenizer = tokenizer
         self.recipe = recipe
         self.accuracy = dict.fromkeys((*KINDS, *TALK_KINDS), 0.0)
+        self.renaming = False
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -129,7 +124,7 @@ class RowMaker:
         return weights
 
     def questions(
-        self, rng: Random, scene: Scene, untold: str | None, talk: float
+        self, rng: Random, scene: Scene, coloured: bool, talk: float
     ) -> Iterator[Question]:
         """Endless questions about the scene, with a share of small talk between, none twice."""
         asked = set()
@@ -139,15 +134,17 @@ class RowMaker:
                 yield small_talk(rng, "train")
                 continue
             [kind] = rng.choices(KINDS, weights)
-            question = ask(scene, kind, rng, "train", untold)
+            question = ask(scene, kind, rng, "train", coloured)
             if question is not None and question.text not in asked:
                 asked.add(question.text)
                 yield question
 
     def scene(self, rng: Random, max_things: int = 4) -> Scene:
-        """A train-split scene, now and then in words for things that are never drawn."""
+        """A train-split scene, at last often in words for things that are never drawn."""
         scene = sample_scene(rng, "train", max_things)
-        return renamed(scene, rng) if rng.random() < RENAMED_SHARE else scene
+        if self.renaming and rng.random() < self.recipe.renamed:
+            return renamed(scene, rng)
+        return scene
 
     def row(self, rng: Random, tokens: int, plain_share: float = 0.0) -> Row:
         """A random row of at most about `tokens` tokens; `plain_share` of the scenes is plain."""
@@ -161,12 +158,12 @@ class RowMaker:
         if form < recipe.ahead_rows:
             return self._asked_ahead(rng, tokens)
         scene = self.scene(rng)
-        untold = untold_by_chance(rng, UNTOLD_SHARE)
+        coloured = rng.random() >= recipe.colourless
         if form < recipe.ahead_rows + recipe.block_rows:
-            questions = self.questions(rng, scene, untold, talk=0.0)
-            return self._blocks(rng, questions, told(scene, rng, untold), tokens)
-        questions = self.questions(rng, scene, untold, recipe.talk_turns)
-        return self._conversation(rng, questions, told(scene, rng, untold), tokens)
+            questions = self.questions(rng, scene, coloured, talk=0.0)
+            return self._blocks(rng, questions, told(scene, rng, coloured), tokens)
+        questions = self.questions(rng, scene, coloured, recipe.talk_turns)
+        return self._conversation(rng, questions, told(scene, rng, coloured), tokens)
 
     def _answer(self, row: Row, question: Question, asked: str, start: int, block: int) -> int:
         """Appends the turn's question and answer; the position after it."""
@@ -194,7 +191,7 @@ class RowMaker:
         """Questions in blocks about few things, named one after the other in any order."""
         scene = self.scene(rng, max_things=3)
         shuffled = Scene(tuple(rng.sample(scene.things, len(scene.things))))
-        questions = self.questions(rng, scene, untold=None, talk=0.0)
+        questions = self.questions(rng, scene, coloured=True, talk=0.0)
         return self._blocks(rng, questions, f"{caption(shuffled)}.", tokens)
 
     def _asked_ahead(self, rng: Random, tokens: int) -> Row:
@@ -203,9 +200,9 @@ class RowMaker:
         while len(row.ids) <= tokens - 50:
             block += 1
             scene = self.scene(rng)
-            untold = untold_by_chance(rng, UNTOLD_SHARE)
-            question = next(iter(self.questions(rng, scene, untold, talk=0.0)))
-            text = f"Instruct: {question.text} {told(scene, rng, untold)}"
+            coloured = rng.random() >= self.recipe.colourless
+            question = next(iter(self.questions(rng, scene, coloured, talk=0.0)))
+            text = f"Instruct: {question.text} {told(scene, rng, coloured)}"
             self._answer(row, question, text, 0, block)
         return row
 
@@ -287,6 +284,7 @@ class _Run:
         if long:
             rows, tokens = max(1, rows // 2), 2 * tokens
         plain = recipe.plain_share(self.step)
+        self.maker.renaming = self.step >= recipe.renamed_from
         batch = [self.maker.row(rng, tokens, plain) for _ in range(rows)]
         logits, targets, answers = answer_logits(self.model, batch, self.pad)
         # A long answer counts as the root of its length: more than a short one, not as many.

@@ -20,10 +20,8 @@ from phi_mm.tiny.scenes import (
 )
 from phi_mm.tiny.wordings import (
     COLOUR,
-    COLOUR_RELATED,
     COUNT,
     DESCRIBE,
-    DESCRIBE_COLOURS,
     DESCRIBE_SHAPES,
     EXIST,
     NUMBERS,
@@ -104,16 +102,10 @@ class _Asker:
     scene: Scene
     rng: random.Random
     split: str
-    untold: str | None
+    coloured: bool
 
     def noun(self) -> str:
         return self.rng.choice(("thing", "shape"))
-
-    def said(self, thing: Thing) -> str:
-        """The answer to "what is there?" that tells all but `untold` and the size."""
-        if self.untold:
-            return thing.shape if self.untold == "colour" else thing.colour
-        return _article(f"{thing.colour} {thing.shape}")
 
     def target(self) -> Thing:
         """A thing to ask about: in a held-out split mostly one of a held-out pair."""
@@ -124,9 +116,11 @@ class _Asker:
 
     def handle(self, thing: Thing, without: str, place: bool = True) -> str | None:
         """Words that fit this thing alone ("the red star") and do not tell `without`."""
-        banned = {without, self.untold}
+        banned = {without}
         if not place:
             banned.add("place")
+        if not self.coloured:
+            banned.add("colour")
         forms = [form for form in HANDLES if not banned & set(form)]
         self.rng.shuffle(forms)
         pair = ("colour", "shape")
@@ -152,8 +146,8 @@ class _Asker:
         """Every look that the split may name, but those of a single thing with all attributes."""
         colours = dict.fromkeys((*COLOURS, *(thing.colour for thing in self.scene.things)))
         shapes = dict.fromkeys((*SHAPES, *(thing.shape for thing in self.scene.things)))
-        if self.untold:
-            (colours if self.untold == "colour" else shapes).clear()
+        if not self.coloured:
+            colours.clear()
         held = PAIRS - pairs_allowed(self.split)
         looks = [Look(size=s) for s in SIZES] + [Look(shape=s) for s in shapes]
         looks += [Look(size=z, shape=s) for z, s in product(SIZES, shapes)]
@@ -248,6 +242,10 @@ def _holds(relation: str, one: Thing, other: Thing) -> bool:
     return one.row < other.row if relation == "above" else one.row > other.row
 
 
+def _said(thing: Thing, coloured: bool) -> str:
+    return f"{thing.colour} {thing.shape}" if coloured else thing.shape
+
+
 def _article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
@@ -287,9 +285,11 @@ def _beside(ask: _Asker) -> Question | None:
     handle = ask.handle(thing, without="place", place=False)
     if handle is None:
         return None
-    bodies = {None: WHAT_RELATED, "colour": SHAPE_RELATED, "shape": COLOUR_RELATED}[ask.untold]
+    bodies = WHAT_RELATED if ask.coloured else SHAPE_RELATED
     bodies = tuple(b.format(r=words, x="{x}") for b in bodies for words in RELATIONS[relation])
-    answer = "nothing" if nothing else ask.said(found[0])
+    answer = "nothing" if nothing else _said(found[0], ask.coloured)
+    if ask.coloured and not nothing:
+        answer = _article(answer)
     return ask.question("relation", bodies, answer, x=handle)
 
 
@@ -301,7 +301,7 @@ def _at_place(ask: _Asker) -> Question | None:
         answer = "nothing"
     else:
         thing = ask.target()
-        place, answer = thing.place, ask.said(thing)
+        place, answer = thing.place, _article(_said(thing, coloured=True))
     return ask.question("relation", WHAT_PLACED, answer, p=where(place))
 
 
@@ -309,14 +309,14 @@ def _relation(ask: _Asker) -> Question | None:
     several = len(ask.scene.things) > 1
     if several and ask.rng.random() < 0.5:
         return _related(ask)
-    if ask.untold is None and (not several or ask.rng.random() < 0.35):
+    if ask.coloured and (not several or ask.rng.random() < 0.35):
         return _at_place(ask)
     return _beside(ask) if several else None
 
 
 def _describe(ask: _Asker) -> Question | None:
-    bodies = {None: DESCRIBE, "colour": DESCRIBE_SHAPES, "shape": DESCRIBE_COLOURS}[ask.untold]
-    return ask.question("describe", bodies, caption(ask.scene, ask.untold))
+    bodies = DESCRIBE if ask.coloured else DESCRIBE_SHAPES
+    return ask.question("describe", bodies, caption(ask.scene, ask.coloured))
 
 
 _ASKERS: dict[str, Callable[[_Asker], Question | None]] = {
@@ -333,7 +333,7 @@ _ASKERS: dict[str, Callable[[_Asker], Question | None]] = {
 
 
 def ask(
-    scene: Scene, kind: str, rng: random.Random, split: str, untold: str | None = None
+    scene: Scene, kind: str, rng: random.Random, split: str, coloured: bool = True
 ) -> Question | None:
     """A question of the kind about the scene whose text belongs to the split.
 
@@ -341,11 +341,11 @@ def ask(
     call may. Questions of "train" never name a held-out pair; those of "validation" and "test"
     mostly ask about one of their own. Left, right, above and below compare columns and rows.
 
-    untold: "colour" or "shape", for pictures whose colours or shapes have no name: question and
-    answer name none, and there is no question of that kind. Raises ValueError for an unknown kind.
+    coloured=False: for pictures in unnamed colours; question and answer name no colour, and there
+    is no question of kind "colour". Raises ValueError for an unknown kind.
     """
     if kind not in _ASKERS:
         raise ValueError(f"got kind {kind!r}, expected one of {KINDS}")
-    if kind == untold:
+    if kind == "colour" and not coloured:
         return None
-    return _ASKERS[kind](_Asker(scene, rng, split, untold))
+    return _ASKERS[kind](_Asker(scene, rng, split, coloured))

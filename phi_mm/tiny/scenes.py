@@ -96,21 +96,15 @@ def where(place: int) -> str:
     return f"{preposition} the {name}"
 
 
-def name(thing: Thing, untold: str | None = None) -> str:
-    """The thing without article or place: "small red star".
-
-    untold: "colour" ("small star") or "shape" ("small red thing") is left out.
-    """
-    colour = "" if untold == "colour" else f" {thing.colour}"
-    return f"{thing.size}{colour} {'thing' if untold == 'shape' else thing.shape}"
+def name(thing: Thing, coloured: bool = True) -> str:
+    """The thing without article or place: "small red star"."""
+    colour = f" {thing.colour}" if coloured else ""
+    return f"{thing.size}{colour} {thing.shape}"
 
 
-def caption(scene: Scene, untold: str | None = None) -> str:
-    """The canonical description: "a small red star at the top left and a ... in the middle".
-
-    untold: see `name`.
-    """
-    return " and ".join(f"a {name(t, untold)} {where(t.place)}" for t in scene.things)
+def caption(scene: Scene, coloured: bool = True) -> str:
+    """The canonical description: "a small red star at the top left and a ... in the middle"."""
+    return " and ".join(f"a {name(t, coloured)} {where(t.place)}" for t in scene.things)
 
 
 def split_of(text: str) -> str:
@@ -122,11 +116,6 @@ def split_of(text: str) -> str:
 def pairs_allowed(split: str) -> frozenset[tuple[str, str]]:
     """The colour-shape pairs that texts of the split may name and its scenes may hold."""
     return SEEN_PAIRS | HELD_PAIRS[split]
-
-
-def untold_by_chance(rng: random.Random, share: float) -> str | None:
-    """ "colour" or "shape" with the given probability: what is left untold; None otherwise."""
-    return rng.choice(("colour", "shape")) if rng.random() < share else None
 
 
 def renamed(

@@ -87,7 +87,6 @@ RELATED = ("is {x} {r} {y}?", "tell me if {x} is {r} {y}.", "do you see {x} {r} 
 WHAT_RELATED = ("what is {r} {x}?", "what do you see {r} {x}?", "tell me what is {r} {x}.")
 WHAT_PLACED = ("what is {p}?", "what do you see {p}?", "tell me what is {p}.")
 SHAPE_RELATED = ("what shape is {r} {x}?", "what shape do you see {r} {x}?")
-COLOUR_RELATED = ("what colour is {r} {x}?", "what colour do you see {r} {x}?")
 _SAY = ("describe", "tell me about", "list", "name")
 _ALL = ("everything", "all things", "all the things", "the scene", "what you see")
 DESCRIBE = tuple(f"{say} {all_}." for say in _SAY for all_ in _ALL) + (
@@ -101,12 +100,6 @@ DESCRIBE_SHAPES = tuple(f"{say} {all_}." for say in _SAY for all_ in _SHAPES) + 
     "what shapes do you see?",
     "what shapes can you see?",
     "what shapes are there?",
-)
-_COLOURS = ("the colours", "all colours", "all the colours", "only the colours")
-DESCRIBE_COLOURS = tuple(f"{say} {all_}." for say in _SAY for all_ in _COLOURS) + (
-    "what colours do you see?",
-    "what colours can you see?",
-    "what colours are there?",
 )
 
 
