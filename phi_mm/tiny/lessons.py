@@ -175,7 +175,7 @@ def picture(item: Item) -> tuple[dict, dict, list[Recording]]:
 
 
 def speech(item: Item) -> tuple[dict, list[Recording]]:
-    """Spoken questions without a picture, half of them about a scene that is described in words."""
+    """Spoken questions without a picture, some of them about a scene that is described in words."""
     rng = item.chance()
     count = rng.randint(*SPEECH_TURNS)
     if rng.random() < SCENE_SHARE:

@@ -108,7 +108,7 @@ class RowMaker:
         self.tokenizer = tokenizer
         self.recipe = recipe
         self.accuracy = dict.fromkeys((*KINDS, *TALK_KINDS), 0.0)
-        self.renaming = False
+        self.renaming = False  # whether scenes may be in other words yet
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -16,12 +16,12 @@ COLOURS = {
     "pink": (255, 120, 190),
     "black": (25, 25, 25),
 }
-# Words that stand for a colour or a shape in text alone: nothing is drawn in or as one of these.
-OTHER_COLOURS = (
+# Words that stand for a colour or a shape in training alone; `drawing` can draw a few of them.
+MORE_COLOURS = (
     "white grey brown golden silver violet cyan lime navy olive beige maroon striped spotted "
     "shiny clear dark pale"
 ).split()
-OTHER_SHAPES = (
+MORE_SHAPES = (
     "dog cat bird horse cow pig frog spider bee car bike banana lemon tomato carrot moon ring "
     "arrow cube drop cloud tree house boat key cup hat ball"
 ).split()
@@ -121,13 +121,14 @@ def pairs_allowed(split: str) -> frozenset[tuple[str, str]]:
 def renamed(
     scene: Scene,
     rng: random.Random,
-    colours: Sequence[str] = OTHER_COLOURS,
-    shapes: Sequence[str] = OTHER_SHAPES,
+    colours: Sequence[str] = MORE_COLOURS,
+    shapes: Sequence[str] = MORE_SHAPES,
 ) -> Scene:
     """The scene with other words for some of its colours and shapes: "a small golden dog".
 
     What a colour is bound to is learned as one rule for all words when there are many, and as a
-    list of pairs when there are few: then a pair never met is misread.
+    list of pairs when there are few: then a pair never met is misread. `colours` and `shapes` are
+    at least as many as the scene's things.
     """
     words: dict[str, str] = {}
     for kind, others in (("colour", colours), ("shape", shapes)):

@@ -8,8 +8,8 @@ import pytest
 from phi_mm.tiny.scenes import (
     COLOURS,
     HELD_PAIRS,
-    OTHER_COLOURS,
-    OTHER_SHAPES,
+    MORE_COLOURS,
+    MORE_SHAPES,
     PLACES,
     SEEN_PAIRS,
     SHAPES,
@@ -53,15 +53,15 @@ def test_a_renamed_scene_keeps_what_is_alike_and_where_it_is():
         other = renamed(scene, rng)
         for before, after in zip(scene.things, other.things, strict=True):
             assert (before.size, before.place) == (after.size, after.place)
-            assert after.colour in (before.colour, *OTHER_COLOURS)
-            assert after.shape in (before.shape, *OTHER_SHAPES)
+            assert after.colour in (before.colour, *MORE_COLOURS)
+            assert after.shape in (before.shape, *MORE_SHAPES)
             changed[before.colour != after.colour, before.shape != after.shape] += 1
         for kind in ("colour", "shape"):
             before = [getattr(thing, kind) for thing in scene.things]
             after = [getattr(thing, kind) for thing in other.things]
             assert [before.index(word) for word in before] == [after.index(word) for word in after]
     assert min(changed.values()) > 0.1 * changed.total()
-    assert not {*OTHER_COLOURS, *OTHER_SHAPES} & {*COLOURS, *SHAPES}
+    assert not {*MORE_COLOURS, *MORE_SHAPES} & {*COLOURS, *SHAPES}
 
 
 def test_places_in_words_are_distinct_and_row_major():

@@ -9,7 +9,7 @@ from collections import Counter
 import datasets
 import evaluate
 
-from phi_mm.tiny.scenes import COLOURS, OTHER_COLOURS, OTHER_SHAPES, SHAPES
+from phi_mm.tiny.scenes import COLOURS, MORE_COLOURS, MORE_SHAPES, SHAPES
 
 _DESCRIPTION = (
     "The share of descriptions that name each shape with its colour, none more and none less, "
@@ -25,8 +25,8 @@ Returns:
 Raises:
     ValueError: on a reference that names no shape of the tiny world.
 """
-_COLOUR = "|".join((*COLOURS, *OTHER_COLOURS))
-_SHAPE = "|".join((*SHAPES, *OTHER_SHAPES, "thing"))
+_COLOUR = "|".join((*COLOURS, *MORE_COLOURS))
+_SHAPE = "|".join((*SHAPES, *MORE_SHAPES))
 _THING = re.compile(rf"\b(?:({_COLOUR}) )?({_SHAPE})\b")
 
 
