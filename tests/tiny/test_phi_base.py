@@ -13,7 +13,7 @@ from phi_mm.tiny.language import KINDS, text_dialogue
 from phi_mm.tiny.phi_base import SPARE_IDS, build, build_model, build_tokenizer
 from phi_mm.tiny.phi_gate import answers, prompt, scene_questions
 from phi_mm.tiny.phi_training import Recipe, RowMaker, answer_logits, collate, train
-from phi_mm.tiny.scenes import MORE_COLOURS, MORE_SHAPES, SPLITS
+from phi_mm.tiny.scenes import MORE_COLOURS, SPLITS
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "tiny-phi"
 SMALL = Recipe(seed=3, steps=6, hidden_size=32, layers=2, rows=2, row_tokens=96, long_every=3)
@@ -143,13 +143,13 @@ def test_scenes_are_plain_at_first_and_told_in_all_wordings_in_the_end(tokenizer
         assert least <= sum(re.match(plain, text) is not None for text in texts) <= most
 
 
-@pytest.mark.parametrize("renaming, least, most", [(False, 0, 0), (True, 5, 25)])
+@pytest.mark.parametrize("renaming, least, most", [(False, 0, 0), (True, 3, 25)])
 def test_half_of_the_scenes_are_in_other_words_once_that_begins(tokenizer, renaming, least, most):
     maker = RowMaker(tokenizer, Recipe(seed=0, steps=1, talk_rows=0.0, ahead_rows=0.0))
     maker.renaming = renaming
     rng = random.Random(6)
     texts = [tokenizer.decode(maker.row(rng, 96).ids) for _ in range(30)]
-    strange = re.compile(rf" ({'|'.join((*MORE_COLOURS, *MORE_SHAPES))})\b")
+    strange = re.compile(rf" ({'|'.join(set(MORE_COLOURS) - {'white'})})\b")  # milk is white
     assert least <= sum(strange.search(text) is not None for text in texts) <= most
 
 
