@@ -192,13 +192,9 @@ def check_data(given: argparse.Namespace) -> None:
 
 def build_bases(given: argparse.Namespace) -> None:
     """Train the tiny Phi, CLIP and Whisper."""
-    from phi_mm.tiny import clip_base, phi_base, whisper_base
+    from phi_mm.tiny.bases import build_bases as build
 
-    builders = dict(zip(BASES, (phi_base, clip_base, whisper_base), strict=True))
-    for name in [given.only] if given.only else BASES:
-        out = given.out / f"tiny-{name}"
-        builders[name].build(out, given.seed, given.work / name)
-        print(f"{out} is built; {out}/README.md has what it can do")
+    build([given.only] if given.only else [*BASES], given.out, given.seed, given.work)
 
 
 def world(given: argparse.Namespace) -> None:
