@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PhiForCausalLM
 
 from phi_mm.tiny.language import KINDS, text_dialogue
 from phi_mm.tiny.phi_base import SPARE_IDS, build, build_model, build_tokenizer
-from phi_mm.tiny.phi_gate import answers, prompt, scene_questions
+from phi_mm.tiny.phi_gate import answers, conversations, prompt, scene_questions
 from phi_mm.tiny.phi_training import Recipe, RowMaker, answer_logits, collate, train
 from phi_mm.tiny.scenes import MORE_COLOURS, SPLITS
 
@@ -215,16 +215,10 @@ def test_the_shipped_checkpoint_answers(shipped):
 
 def test_the_shipped_checkpoint_remembers_earlier_turns(shipped):
     model, tokenizer = shipped
-    turns = [
-        ("listen: a large green circle on the left and a small red star at the top.", "ok"),
-        ("what colour is the star?", "red"),
-        ("what is the capital of france?", "paris"),
-        ("is the circle below the star?", "yes"),
-        ("how many things are there?", "two"),
-        ("list all things.", "a small red star at the top and a large green circle on the left"),
-    ]  # fmt: skip
-    prompts = [prompt(turns[: end + 1]) for end in range(len(turns))]
-    assert answers(model, tokenizer, prompts) == [answer for _, answer in turns]
+    talks = list(conversations(random.Random(12), "validation", 150))
+    said = answers(model, tokenizer, [prompt(turns) for turns in talks])
+    right = [given == turns[-1][1] for given, turns in zip(said, talks, strict=True)]
+    assert sum(right) / len(right) >= 0.95
 
 
 def test_the_shipped_checkpoint_answers_unseen_questions_of_every_kind(shipped):
@@ -236,9 +230,9 @@ def test_the_shipped_checkpoint_answers_unseen_questions_of_every_kind(shipped):
     assert sum(right) / len(right) > 0.85
 
 
-def test_the_shipped_gate_says_whether_it_is_passed():
+def test_the_shipped_checkpoint_passed_its_gate():
     gate = json.loads((CHECKPOINT / "gate.json").read_text())
     values = {(row["name"], row["split"]): row["value"] for row in gate["metrics"]}
     gated = [values[name, split] for name in ("questions", "later turns") for split in SPLITS[1:]]
-    assert gate["lowest"] == min(gated) > 0.9
-    assert gate["passed"] == (min(gated) >= gate["bar"])
+    assert gate["lowest"] == min(gated) >= gate["bar"]
+    assert gate["passed"]
