@@ -6,7 +6,7 @@ content (a file's bytes, or an array's values), so two rows with the same pictur
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,14 @@ def fill_cache(
         prepared = DataLoader(
             [[sources[key] for key in batch] for batch in batches],
             batch_size=None,
-            collate_fn=partial(prepare, processor),
+            collate_fn=partial(_result_or_error, prepare, processor),
             num_workers=_spare_cores() if len(batches) > 1 else 0,
         )
         encoded: list[tuple[str, torch.Tensor]] = []
         with tqdm(total=len(keys), desc=f"{modality} features", disable=not keys) as bar:
             for batch, inputs in zip(batches, prepared, strict=True):
+                if isinstance(inputs, ValueError):
+                    raise inputs
                 encoded += zip(batch, (f.cpu() for f in encode(model, *inputs)), strict=True)
                 bar.update(len(batch))
                 if sum(features.nbytes for _, features in encoded) >= WRITTEN_AT_ONCE:
@@ -126,6 +128,14 @@ def fill_cache(
 def _spare_cores() -> int:
     """Processes that prepare files beside this one."""
     return min(MAX_WORKERS, (os.cpu_count() or 1) - 1)
+
+
+def _result_or_error(prepare: Callable, processor: PhiMMProcessor, sources: list[Any]) -> Any:
+    """A broken file's error is handed back: raised in a worker, it would bring its traceback."""
+    try:
+        return prepare(processor, sources)
+    except ValueError as error:
+        return error
 
 
 # What is prepared elsewhere comes back as numpy arrays: tensors would pass through shared memory,

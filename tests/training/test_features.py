@@ -98,6 +98,18 @@ def test_what_is_written_does_not_depend_on_how_often(recipe, rows: Path, tmp_pa
         assert (tmp_path / "often" / file).read_bytes() == (tmp_path / "seldom" / file).read_bytes()
 
 
+def test_a_broken_picture_is_named_in_one_sentence(recipe, tmp_path: Path):
+    model, processor = join_parts(recipe())
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    pictures = [np.full((8, 8, 3), shade, dtype=np.uint8) for shade in range(5)]
+    content = [{"type": "image", "image": p} for p in (*pictures, str(tmp_path / "broken.png"))]
+    rows = [{"messages": [{"role": "user", "content": content}]}]
+    cache = open_cache(tmp_path / "features", model, processor)
+    with pytest.raises(ValueError, match=r"broken\.png") as caught:
+        fill_cache(cache, model, processor, [rows], batch_size=2)
+    assert "Traceback" not in str(caught.value)
+
+
 def test_filling_goes_on_where_it_was_killed(recipe, rows: Path, tmp_path: Path):
     model, processor = join_parts(recipe())
     data = mixture([{"path": str(rows)}], seed=0)
