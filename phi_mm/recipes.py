@@ -19,6 +19,8 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainingArguments
 
+from phi_mm.files import write_whole
+
 # What transformers' defaults get wrong for us; a recipe may still say otherwise.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,  # the collator reads `messages`, which no forward() names
@@ -151,9 +153,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as YAML that `load_recipe` reads back equal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
-    scratch = path.with_suffix(".part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)  # whole or not at all
+    write_whole(path, text)
 
 
 class _Loader(yaml.SafeLoader):

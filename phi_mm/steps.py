@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from phi_mm.files import write_whole
+
 STATE = "steps.json"
 
 
@@ -60,9 +62,7 @@ class Steps:
 
     def _note(self, name: str, inputs: str, done: bool, seconds: float) -> None:
         self.notes[name] = {"inputs": inputs, "done": done, "seconds": round(seconds, 1)}
-        part = self.path.with_name(f"{STATE}.part")
-        part.write_text(json.dumps(self.notes, indent=1), encoding="utf-8")
-        part.replace(self.path)  # at once, so that a kill leaves no half of it
+        write_whole(self.path, json.dumps(self.notes, indent=1))
 
 
 def digest(paths: Iterable[Path], *texts: str) -> str:

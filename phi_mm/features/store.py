@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from phi_mm.files import write_whole
+
 
 class FeatureStore:
     """Tensors (rows, width) of one dtype, found by a string key.
@@ -94,9 +96,7 @@ class FeatureStore:
         path = self.folder / "fingerprint.json"
         wanted = json.loads(json.dumps(fingerprint))
         if not path.is_file():
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(wanted, indent=1, sort_keys=True), encoding="utf-8")
-            scratch.replace(path)  # whole or not at all
+            write_whole(path, json.dumps(wanted, indent=1, sort_keys=True))
             return
         found = json.loads(path.read_text(encoding="utf-8"))
         stale = [

@@ -4,8 +4,8 @@ phi-mm tiny build-bases
 """
 
 import logging
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,14 +24,16 @@ def build_bases(names: list[str], out: Path, seed: int, work: Path) -> None:
     Each is trained by one thread of a process of its own: models of this size gain nothing from a
     second one. Interrupted builds go on when this is called again.
     """
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
-        builds = [pool.submit(_build, name, out, seed, work) for name in names]
-        for name, build in zip(names, builds, strict=True):
-            build.result()
+    build = partial(_build, out=out, seed=seed, work=work)
+    # Spawned, not forked: torch's threads would not survive. Leaving the pool ends its processes.
+    with multiprocessing.get_context("spawn").Pool(min(PROCESSES, len(names))) as pool:
+        for name in pool.imap(build, names):
             logger.info("%s is built; its README.md has what it can do", out / f"tiny-{name}")
 
 
-def _build(name: str, out: Path, seed: int, work: Path) -> None:
+def _build(name: str, out: Path, seed: int, work: Path) -> str:
+    """Returns the name."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     BUILDERS[name](out / f"tiny-{name}", seed, work / name)
+    return name

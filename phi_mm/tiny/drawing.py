@@ -109,16 +109,15 @@ OTHER_OUTLINES = {
         (0.65, 1.1), (-0.2, 1.1), (-0.2, -0.45), (-0.4, -0.45),
     ],
 }  # fmt: skip
-REACH = {
-    shape: max(math.hypot(x, y) for x, y in points)
-    for shape, points in (OUTLINES | OTHER_OUTLINES).items()
-}
+ALL_COLOURS = COLOURS | OTHER_COLOURS
+ALL_OUTLINES = OUTLINES | OTHER_OUTLINES
+REACH = {shape: max(math.hypot(x, y) for x, y in points) for shape, points in ALL_OUTLINES.items()}
 
 
 def _named_colour(name: str, rng: Random) -> tuple[float, ...]:
     return tuple(
         min(255.0, max(0.0, c + rng.uniform(-COLOUR_JITTER, COLOUR_JITTER)))
-        for c in (COLOURS | OTHER_COLOURS)[name]
+        for c in ALL_COLOURS[name]
     )
 
 
@@ -198,6 +197,10 @@ def draw_placed(
 ) -> Drawing:
     """`draw`, telling where the things lie; `freedom` 0 puts them in the middles of their cells.
 
+    unnamed_colours: each thing gets a random colour far from all named ones instead of its own,
+    so that shape, size and place can be learned where no colour has a name. size: of the picture,
+    pixels a side.
+
     Raises ValueError when two things of the scene share a place.
     """
     paper = _paper(rng)
@@ -217,7 +220,7 @@ def draw_placed(
         cos, sin = scale * math.cos(turn), scale * math.sin(turn)
         outline = [
             (zoom * (x + cos * u - sin * v) - 0.5, zoom * (y + sin * u + cos * v) - 0.5)
-            for u, v in (OUTLINES | OTHER_OUTLINES)[thing.shape]
+            for u, v in ALL_OUTLINES[thing.shape]
         ]
         pen.polygon(outline, fill=tuple(round(c) for c in colour))
     image = Image.fromarray(_shade(np.asarray(canvas.reduce(SUPERSAMPLE)), rng))
@@ -229,14 +232,11 @@ def draw_placed(
     )
 
 
-def draw(scene: Scene, rng: Random, unnamed_colours: bool = False, size: int = SIZE) -> Image.Image:
-    """A picture (RGB, `size` x `size`) of the scene; the same scene never looks the same twice.
+def draw(scene: Scene, rng: Random) -> Image.Image:
+    """A picture (RGB, SIZE x SIZE) of the scene; the same scene never looks the same twice.
 
     Each thing's centre lies in the cell of the 3x3 grid that its place names, anywhere in it; the
     thing lies inside the picture and hides no other. It is turned by up to 15 degrees and drawn in
     its named colour, slightly varied, on a light background with uneven light and noise.
-
-    unnamed_colours: each thing gets a random colour far from all named ones instead of its own,
-    so that shape, size and place can be asked about where no colour has a name.
     """
-    return draw_placed(scene, rng, unnamed_colours, size).image
+    return draw_placed(scene, rng).image

@@ -56,8 +56,7 @@ class Recipe:
     ahead_rows: float = 0.1  # share of scene rows of questions asked ahead of the scene
     talk_turns: float = 0.12  # share of small talk among a scene conversation's turns
     colourless: float = 0.12  # share of scenes told and asked about without colours
-    renamed: float = 0.5  # share of scenes in words for things that are never drawn
-    renamed_from: int = 14_400  # step from which on there are any
+    renamed: float = 0.5  # share of scenes in other words, in the last cycle
     gaps: float = 0.25  # share of rows whose turns stand further apart than they are
     save_every: int = 250
 
@@ -83,6 +82,10 @@ class Recipe:
         past = (step / first - self.plain_until) / (self.mixed_from - self.plain_until)
         return min(1.0, max(0.0, 1.0 - past))
 
+    def renamed_share(self, step: int) -> float:
+        """Share of the step's scenes that are told in other words, see `renamed`."""
+        return self.renamed if step >= self.restarts[-1] else 0.0
+
 
 @dataclass
 class Row:
@@ -101,6 +104,13 @@ class Row:
         self.blocks += [block] * len(ids)
 
 
+def _sample(rng: Random, renamed_share: float, max_things: int = 4) -> Scene:
+    """A train-split scene, by chance in words for things that are never drawn."""
+    scene = sample_scene(rng, "train", max_things)
+    # No chance is drawn where there is none: rows without other words stay what they were.
+    return renamed(scene, rng) if renamed_share and rng.random() < renamed_share else scene
+
+
 class RowMaker:
     """Makes training rows; asks more of the kinds that the model still gets wrong."""
 
@@ -108,7 +118,6 @@ class RowMaker:
         self.tokenizer = tokenizer
         self.recipe = recipe
         self.accuracy = dict.fromkeys((*KINDS, *TALK_KINDS), 0.0)
-        self.renaming = False  # whether scenes may be in other words yet
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -139,25 +148,21 @@ class RowMaker:
                 asked.add(question.text)
                 yield question
 
-    def scene(self, rng: Random, max_things: int = 4) -> Scene:
-        """A train-split scene, at last often in words for things that are never drawn."""
-        scene = sample_scene(rng, "train", max_things)
-        if self.renaming and rng.random() < self.recipe.renamed:
-            return renamed(scene, rng)
-        return scene
-
-    def row(self, rng: Random, tokens: int, plain_share: float = 0.0) -> Row:
-        """A random row of at most about `tokens` tokens; `plain_share` of the scenes is plain."""
+    def row(
+        self, rng: Random, tokens: int, plain_share: float = 0.0, renamed_share: float = 0.0
+    ) -> Row:
+        """A random row of at most about `tokens` tokens; `plain_share` of the scenes is plain,
+        `renamed_share` is told in words for things that are never drawn."""
         recipe = self.recipe
         if rng.random() < recipe.talk_rows:
             questions = iter(lambda: small_talk(rng, "train"), None)
             return self._conversation(rng, questions, "", tokens)
         if rng.random() < plain_share:
-            return self._plain(rng, tokens)
+            return self._plain(rng, tokens, renamed_share)
         form = rng.random()
         if form < recipe.ahead_rows:
-            return self._asked_ahead(rng, tokens)
-        scene = self.scene(rng)
+            return self._asked_ahead(rng, tokens, renamed_share)
+        scene = _sample(rng, renamed_share)
         coloured = rng.random() >= recipe.colourless
         if form < recipe.ahead_rows + recipe.block_rows:
             questions = self.questions(rng, scene, coloured, talk=0.0)
@@ -187,19 +192,19 @@ class RowMaker:
                 return row
         return row
 
-    def _plain(self, rng: Random, tokens: int) -> Row:
+    def _plain(self, rng: Random, tokens: int, renamed_share: float) -> Row:
         """Questions in blocks about few things, named one after the other in any order."""
-        scene = self.scene(rng, max_things=3)
+        scene = _sample(rng, renamed_share, max_things=3)
         shuffled = Scene(tuple(rng.sample(scene.things, len(scene.things))))
         questions = self.questions(rng, scene, coloured=True, talk=0.0)
         return self._blocks(rng, questions, f"{caption(shuffled)}.", tokens)
 
-    def _asked_ahead(self, rng: Random, tokens: int) -> Row:
+    def _asked_ahead(self, rng: Random, tokens: int, renamed_share: float) -> Row:
         """Single turns, each with a scene of its own that is told after the question."""
         row, block = Row(), 0
         while len(row.ids) <= tokens - 50:
             block += 1
-            scene = self.scene(rng)
+            scene = _sample(rng, renamed_share)
             coloured = rng.random() >= self.recipe.colourless
             question = next(iter(self.questions(rng, scene, coloured, talk=0.0)))
             text = f"Instruct: {question.text} {told(scene, rng, coloured)}"
@@ -283,9 +288,8 @@ class _Run:
         rows, tokens = recipe.rows, recipe.row_tokens
         if long:
             rows, tokens = max(1, rows // 2), 2 * tokens
-        plain = recipe.plain_share(self.step)
-        self.maker.renaming = self.step >= recipe.renamed_from
-        batch = [self.maker.row(rng, tokens, plain) for _ in range(rows)]
+        shares = recipe.plain_share(self.step), recipe.renamed_share(self.step)
+        batch = [self.maker.row(rng, tokens, *shares) for _ in range(rows)]
         logits, targets, answers = answer_logits(self.model, batch, self.pad)
         # A long answer counts as the root of its length: more than a short one, not as many.
         weights = torch.cat([torch.full((n,), 1 / math.sqrt(n)) for _, n in answers])

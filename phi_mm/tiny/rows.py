@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from phi_mm.files import write_whole
 from phi_mm.tiny import exams, lessons
 from phi_mm.tiny.lessons import Item, Recording, as_row, repetition
 
@@ -79,9 +80,8 @@ def write_world(
     for name, rows in files.items():
         _write(out / name, rows)
     counts = {name: len(rows) for name, rows in files.items()}
-    part = out / f"{MANIFEST}.part"
-    part.write_text(json.dumps({"made_by": made_by, "rows": counts}, indent=1))
-    part.replace(out / MANIFEST)  # last, so that only a whole world has one
+    # Last, so that only a whole world has one.
+    write_whole(out / MANIFEST, json.dumps({"made_by": made_by, "rows": counts}, indent=1))
     return counts
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from phi_mm.tiny.clip_training import sample_crowd
 from phi_mm.tiny.drawing import (
+    ALL_COLOURS,
+    ALL_OUTLINES,
     CONTRAST,
     OTHER_COLOURS,
     OTHER_OUTLINES,
@@ -16,7 +18,16 @@ from phi_mm.tiny.drawing import (
     draw,
     draw_placed,
 )
-from phi_mm.tiny.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, sample_scene
+from phi_mm.tiny.scenes import (
+    COLOURS,
+    MORE_COLOURS,
+    MORE_SHAPES,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    sample_scene,
+)
 
 
 def one(shape="circle", colour="red", size="large", place=4):
@@ -24,8 +35,7 @@ def one(shape="circle", colour="red", size="large", place=4):
 
 
 def nearest_name(rgb):
-    known = COLOURS | OTHER_COLOURS
-    return min(known, key=lambda name: math.dist(rgb, known[name]))
+    return min(ALL_COLOURS, key=lambda name: math.dist(rgb, ALL_COLOURS[name]))
 
 
 def differs_from_paper(image):
@@ -74,7 +84,7 @@ def test_freedom_zero_puts_things_in_the_middles_of_their_cells():
     assert drawing.centres == tuple((8 + 16 * (p % 3), 8 + 16 * (p // 3)) for p in range(9))
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, *OTHER_OUTLINES])
+@pytest.mark.parametrize("shape", ALL_OUTLINES)
 def test_nine_large_things_fit(shape):
     things = tuple(Thing(shape, "blue", "large", place) for place in range(9))
     for seed in range(20):
@@ -87,7 +97,12 @@ def test_two_things_in_one_place_are_refused():
         draw(Scene(things), Random(6))
 
 
-@pytest.mark.parametrize("colour", [*COLOURS, *OTHER_COLOURS])
+def test_other_colours_and_shapes_are_words_of_the_world():
+    assert set(OTHER_COLOURS) <= set(MORE_COLOURS)
+    assert set(OTHER_OUTLINES) <= set(MORE_SHAPES)
+
+
+@pytest.mark.parametrize("colour", ALL_COLOURS)
 def test_a_named_colour_stays_nearest_to_its_name(colour):
     rng = Random(7)
     for _ in range(60):
@@ -118,7 +133,7 @@ def test_large_is_clearly_larger_than_small(shape):
 
 def test_every_thing_stands_off_from_the_background():
     rng = Random(10)
-    for colour in COLOURS | OTHER_COLOURS:
+    for colour in ALL_COLOURS:
         for _ in range(20):
             mask = differs_from_paper(draw(one("square", colour, "large"), rng))
             assert 90 < mask.sum() < 180  # the square (side 10.2 to 11.4 pixels) and nothing else

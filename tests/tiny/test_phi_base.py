@@ -143,12 +143,13 @@ def test_scenes_are_plain_at_first_and_told_in_all_wordings_in_the_end(tokenizer
         assert least <= sum(re.match(plain, text) is not None for text in texts) <= most
 
 
-@pytest.mark.parametrize("renaming, least, most", [(False, 0, 0), (True, 3, 25)])
-def test_half_of_the_scenes_are_in_other_words_once_that_begins(tokenizer, renaming, least, most):
-    maker = RowMaker(tokenizer, Recipe(seed=0, steps=1, talk_rows=0.0, ahead_rows=0.0))
-    maker.renaming = renaming
+@pytest.mark.parametrize("step, least, most", [(99, 0, 0), (100, 3, 25)])
+def test_half_of_the_scenes_are_in_other_words_once_that_begins(tokenizer, step, least, most):
+    recipe = Recipe(seed=0, steps=150, restarts=(50, 100), talk_rows=0.0, ahead_rows=0.0)
+    maker = RowMaker(tokenizer, recipe)
     rng = random.Random(6)
-    texts = [tokenizer.decode(maker.row(rng, 96).ids) for _ in range(30)]
+    share = recipe.renamed_share(step)
+    texts = [tokenizer.decode(maker.row(rng, 96, renamed_share=share).ids) for _ in range(30)]
     strange = re.compile(rf" ({'|'.join(set(MORE_COLOURS) - {'white'})})\b")  # milk is white
     assert least <= sum(strange.search(text) is not None for text in texts) <= most
 
@@ -198,7 +199,7 @@ TALKS = [
      "what colour is the small heart?", "pink"),
     ("look: i see a small yellow square on the left. i see a small green circle at the top. "
      "how many small things are there?", "two"),
-    ("a large red star at the top and a small blue heart on the left. is there a red heart?", "no"),
+    ("is there a red heart? a large red star at the top and a small blue heart on the left.", "no"),
     ("there is a small purple triangle at the bottom. there is a large pink star at the top. "
      "what is above the triangle?", "a pink star"),
     ("how many days are in a week?", "seven"),
@@ -219,6 +220,15 @@ def test_the_shipped_checkpoint_remembers_earlier_turns(shipped):
     said = answers(model, tokenizer, [prompt(turns) for turns in talks])
     right = [given == turns[-1][1] for given, turns in zip(said, talks, strict=True)]
     assert sum(right) / len(right) >= 0.95
+    turns = [
+        ("listen: a large green circle on the left and a small red star at the top.", "ok"),
+        ("what colour is the star?", "red"),
+        ("what is the capital of france?", "paris"),
+        ("how many things are there?", "two"),
+        ("list all things.", "a small red star at the top and a large green circle on the left"),
+    ]  # fmt: skip
+    prompts = [prompt(turns[: end + 1]) for end in range(len(turns))]
+    assert answers(model, tokenizer, prompts) == [answer for _, answer in turns]
 
 
 def test_the_shipped_checkpoint_answers_unseen_questions_of_every_kind(shipped):

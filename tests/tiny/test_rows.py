@@ -14,12 +14,7 @@ from phi_mm.tiny.drawing import OTHER_COLOURS, OTHER_OUTLINES
 from phi_mm.tiny.exams import PICTURE_KINDS, TALK_KINDS, TASKS
 from phi_mm.tiny.language import REPEAT
 from phi_mm.tiny.rows import write_world
-from phi_mm.tiny.scenes import (
-    HELD_PAIRS,
-    TEST_PAIRS,
-    VALIDATION_PAIRS,
-    split_of,
-)
+from phi_mm.tiny.scenes import HELD_PAIRS, TEST_PAIRS, VALIDATION_PAIRS, split_of
 from phi_mm.tiny.speech import TEST_VOICES, TRAIN_VOICES, VALIDATION_VOICES
 from phi_mm.tiny.wordings import named_pairs
 
