@@ -273,7 +273,7 @@ def save_checkpoint(run: _Run, out: Path) -> None:
 
 
 def build(
-    out: Path, seed: int, work: Path, steps: int = 2200, gate_things: int = 2500
+    out: Path, seed: int, work: Path, steps: int = 4000, gate_things: int = 2500
 ) -> dict[str, list]:
     """Trains the tiny CLIP, writes it to `out` with its measured gate, returns the gate.
 
