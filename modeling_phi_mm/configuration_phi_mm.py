@@ -35,6 +35,8 @@ class PhiMMConfig(PreTrainedConfig):
             `transcript` puts Whisper's transcript into the prompt as ordinary text, and needs no
             training.
         transcript_generation_config: Whisper's generation settings, for the `transcript` route.
+        modality_adapters: the modalities (`image`, `audio`) that have a LoRA of their own, saved in
+            `adapters/<modality>`; rows of text alone use none. `None` for a model without them.
 
     Raises:
         StrictDataclassClassValidationError: where the parts do not fit together; the message names
@@ -76,6 +78,7 @@ class PhiMMConfig(PreTrainedConfig):
     audio_stack: int = 4
     audio_route: Literal["encoder", "transcript"] = "encoder"
     transcript_generation_config: dict | None = None
+    modality_adapters: list[Literal["image", "audio"]] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

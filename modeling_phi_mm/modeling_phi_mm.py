@@ -21,6 +21,11 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
+from .adapters_phi_mm import (
+    ModalityAdaptersMixin,
+    base_state_dict,
+    refuse_mixed_projectors,
+)
 from .configuration_phi_mm import PhiMMConfig
 from .projectors_phi_mm import AudioProjector, ImageProjector
 
@@ -89,6 +94,7 @@ class PhiMMModel(PhiMMPreTrainedModel):
                 self.audio_tower = WhisperEncoder._from_config(config.audio_config)
                 self.audio_projector = AudioProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self.modality_router = None  # there once adapters by modality are
         self.post_init()
 
     def train(self, mode: bool = True) -> "PhiMMModel":
@@ -149,6 +155,7 @@ class PhiMMModel(PhiMMPreTrainedModel):
             image_embeds: cached patch features (N, P, C) in place of pixels.
         """
         self._require_vision()
+        refuse_mixed_projectors(self.multi_modal_projector)
         _check_one_form("pixel_values", pixel_values, "image_embeds", image_embeds)
         features = image_embeds
         if image_embeds is None:
@@ -177,6 +184,7 @@ class PhiMMModel(PhiMMPreTrainedModel):
             audio_embeds_mask: (W, F), 1 where a frame (20 ms) holds sound; all of them when absent.
         """
         self._require_audio_encoder()
+        refuse_mixed_projectors(self.audio_projector)
         _check_one_form("input_features", input_features, "audio_embeds", audio_embeds)
         features, mask = audio_embeds, audio_embeds_mask
         if audio_embeds is None:
@@ -218,6 +226,65 @@ class PhiMMModel(PhiMMPreTrainedModel):
             )
         return encoded | fresh
 
+    def find_placeholders(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        token_id: int,
+    ) -> torch.BoolTensor:
+        """(B, L): true at the placeholder `token_id`, also where only its embedding is there."""
+        if input_ids is not None and input_ids.numel() > 0:
+            return input_ids == token_id
+        token = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def find_modalities(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.BoolTensor:
+        """(B, 2): which rows hold a picture, and which a recording.
+
+        Raises:
+            ValueError: when embeddings hold no placeholder: media may have been merged into them.
+        """
+        columns = []
+        for token_id in (self.config.image_token_id, self.config.audio_token_id):
+            given = inputs_embeds if input_ids is None else input_ids
+            columns.append(
+                given.new_zeros(len(given), dtype=torch.bool)
+                if token_id is None
+                else self.find_placeholders(input_ids, inputs_embeds, token_id).any(-1)
+            )
+        mask = torch.stack(columns, dim=-1)
+        if input_ids is None and not mask.any():
+            raise ValueError(
+                "got inputs_embeds without a placeholder, expected modality_mask (B, 2) beside "
+                "them: adapters by modality cannot tell merged media from text"
+            )
+        return mask
+
+    def _choose_adapters(
+        self,
+        modality_mask: torch.BoolTensor | None,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ):
+        """Tells the adapters by modality which rows are theirs."""
+        if self.modality_router is None:
+            raise ValueError(
+                f"got a config with adapters for {self.config.modality_adapters} and a model "
+                "without them: load it by PhiMMForConditionalGeneration.from_pretrained"
+            )
+        if modality_mask is None:
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                raise ValueError(
+                    "got a cache and no modality_mask, expected modality_mask=model.model."
+                    "find_modalities(input_ids) of the whole prompt: what is in the cache decides "
+                    "which adapters go on"
+                )
+            modality_mask = self.find_modalities(input_ids, inputs_embeds)
+        self.modality_router.mask = modality_mask
+
     def get_placeholder_mask(
         self,
         input_ids: torch.LongTensor | None,
@@ -231,11 +298,7 @@ class PhiMMModel(PhiMMPreTrainedModel):
         Raises:
             ValueError: when the number of placeholders is not the number of features; names both.
         """
-        if input_ids is None:
-            token = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        else:
-            mask = input_ids == token_id
+        mask = self.find_placeholders(input_ids, inputs_embeds, token_id)
         count, expected = mask.sum(), 0 if features is None else len(features)
         torch_compilable_check(
             count == expected,
@@ -309,6 +372,7 @@ class PhiMMModel(PhiMMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        modality_mask: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PhiMMModelOutputWithPast:
         """See [`PhiMMForConditionalGeneration.forward`]; returns hidden states (B, L, D) in place
@@ -335,6 +399,8 @@ class PhiMMModel(PhiMMPreTrainedModel):
             if value is not None
         }
         encoded = self.encode_media(media, mm_encoder_outputs)
+        if self.config.modality_adapters:
+            self._choose_adapters(modality_mask, input_ids, inputs_embeds, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         inputs_embeds = self.merge_media(input_ids, inputs_embeds, encoded)
@@ -357,7 +423,7 @@ class PhiMMModel(PhiMMPreTrainedModel):
         )
 
 
-class PhiMMForConditionalGeneration(PhiMMPreTrainedModel, GenerationMixin):
+class PhiMMForConditionalGeneration(ModalityAdaptersMixin, PhiMMPreTrainedModel, GenerationMixin):
     """phi-mm with its vocabulary head: text, images and audio in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -372,6 +438,34 @@ class PhiMMForConditionalGeneration(PhiMMPreTrainedModel, GenerationMixin):
             bias=config.text_config.model_type == "phi",
         )
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers', with the adapters by modality that the config names."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.modality_adapters:
+            hub = ("subfolder", "token", "cache_dir", "local_files_only", "force_download")
+            given = {name: kwargs[name] for name in hub if name in kwargs}
+            # The very commit that the weights came from, should the branch have moved since.
+            given["revision"] = getattr(model.config, "_commit_hash", None) or kwargs.get(
+                "revision"
+            )
+            model.load_modality_adapters(pretrained_model_name_or_path, **given)
+        return loaded
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As transformers', with the adapters by modality in subfolders, unmerged."""
+        if not self.config.modality_adapters:
+            return super().save_pretrained(save_directory, **kwargs)
+        self.save_modality_adapters(save_directory)
+        # With adapters loaded, transformers would save one of them and nothing else.
+        self._hf_peft_config_loaded = False
+        try:
+            kwargs.setdefault("state_dict", base_state_dict(self))
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self._hf_peft_config_loaded = True
 
     def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
         """See [`PhiMMModel.get_image_features`]."""
@@ -398,6 +492,7 @@ class PhiMMForConditionalGeneration(PhiMMPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        modality_mask: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PhiMMCausalLMOutputWithPast:
         """One pass over a batch.
@@ -415,6 +510,9 @@ class PhiMMForConditionalGeneration(PhiMMPreTrainedModel, GenerationMixin):
                 supervised positions only, and `logits` holds those, (supervised positions, V).
             logits_to_keep: as in transformers' models; ignored when labels are given.
             mm_encoder_outputs: projected media, as `generate` hands them to the prefill.
+            modality_mask: (B, 2), which rows hold a picture and which a recording, for a model with
+                adapters by modality; found in the placeholders when absent, and needed with a
+                filled cache, where they are no longer in sight. `generate` passes it.
 
         Raises:
             ValueError: when placeholders and media do not match, or a modality comes in two forms
@@ -433,6 +531,7 @@ class PhiMMForConditionalGeneration(PhiMMPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            modality_mask=modality_mask,
             **kwargs,
         )
         hidden, loss = outputs.last_hidden_state, None
@@ -489,6 +588,19 @@ class PhiMMForConditionalGeneration(PhiMMPreTrainedModel, GenerationMixin):
             **generate_kwargs,
         )
 
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
+    ):
+        """Notes before the first step which rows hold what: later steps see new tokens only."""
+        if self.config.modality_adapters and model_kwargs.get("modality_mask") is None:
+            model_kwargs["modality_mask"] = self.model.find_modalities(
+                input_ids if model_kwargs.get("inputs_embeds") is None else None,
+                model_kwargs.get("inputs_embeds"),
+            )
+        return super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
         """Projects all media once before the prefill.
 
@@ -518,12 +630,8 @@ class PhiMMForConditionalGeneration(PhiMMPreTrainedModel, GenerationMixin):
             if mm_encoder_output.get(modality) is None:
                 continue
             features = mm_encoder_output[modality].pooler_output
-            if input_ids is None or input_ids.numel() == 0:
-                token = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
-                is_placeholder = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-            else:
-                is_placeholder = input_ids == token_id
-            counts = is_placeholder.sum(-1).tolist()
+            placeholders = self.model.find_placeholders(input_ids, inputs_embeds, token_id)
+            counts = placeholders.sum(-1).tolist()
             flat = torch.cat(list(features)) if modality == "image" else features
             groups = torch.split(flat, counts)
             expanded[modality] = BaseModelOutputWithPooling(

@@ -76,7 +76,8 @@ class PhiMMTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A checkpoint holds what was trained (projectors, adapter), not what never changed."""
         adapted = isinstance(self.model, PeftModel)
-        if not adapted and not self._only_projectors_learn():
+        apart = self.model.config.modality_adapters is not None
+        if not adapted and not apart and not self._only_projectors_learn():
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -86,21 +87,29 @@ class PhiMMTrainer(Trainer):
                 self.model.save_pretrained(folder, save_embedding_layers=False)
             else:
                 save_file(projector_state(self.model), folder / PROJECTOR_FILE)
+            if apart:
+                self.model.save_modality_adapters(folder)
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        if self._only_projectors_learn():
-            load_projectors(self.model, Path(resume_from_checkpoint))
-        else:
+        if not self._load_own(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self._only_projectors_learn():
-            load_projectors(self.model, Path(self.state.best_model_checkpoint))
-        else:
+        if not self._load_own(Path(self.state.best_model_checkpoint)):
             super()._load_best_model()
+
+    def _load_own(self, folder: Path) -> bool:
+        """Loads a checkpoint that is of no form the base class knows; False for the others."""
+        apart = self.model.config.modality_adapters is not None
+        if apart:
+            self.model.load_modality_adapters(folder)
+        if apart or self._only_projectors_learn():
+            load_projectors(self.model, folder)
+            return True
+        return False
 
 
 def by_modality(rows: datasets.Dataset) -> dict[str, datasets.Dataset]:

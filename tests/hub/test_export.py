@@ -29,6 +29,7 @@ def test_folder_is_a_whole_repository(exported: tuple) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "LICENSE",
         "README.md",
+        "adapters_phi_mm.py",
         "chat_template.jinja",
         "config.json",
         "configuration_phi_mm.py",
