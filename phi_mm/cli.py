@@ -53,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("out", type=Path, help="folder to write")
     verb.add_argument("--metrics", type=Path, help="metrics.json for the model card (the run's)")
 
+    verb = _verb(verbs, "merge", merge)
+    verb.add_argument("adapter", help="folder or Hub id of a PEFT adapter")
+    verb.add_argument("out", type=Path, help="folder to write")
+    verb.add_argument("--base", help="the artefact it was trained on (the one that it names)")
+
     verb = _verb(verbs, "verify", verify)
     verb.add_argument("artefact", type=Path)
     verb.add_argument("--run", type=Path, help="also compare its logits with this run's")
@@ -152,6 +157,17 @@ def export(given: argparse.Namespace) -> None:
 
     for probe in run(given.run, given.out, given.metrics):
         print(f"{probe.probe.name}: {probe.answer!r}, logits within {probe.difference:.1e}")
+    print(f"{given.out} is complete and verified; next: phi-mm chat {given.out}")
+
+
+def merge(given: argparse.Namespace) -> None:
+    """Write an artefact with an adapter inside its weights, and verify it."""
+    from phi_mm.hub import merge as run
+
+    answered, difference = run(given.adapter, given.out, given.base)
+    for probe in answered:
+        print(f"{probe.probe.name}: {probe.answer!r}, logits within {probe.difference:.1e}")
+    print(f"merging changed logits by at most {difference:.1e} of the largest")
     print(f"{given.out} is complete and verified; next: phi-mm chat {given.out}")
 
 

@@ -21,6 +21,8 @@ TUNING = {
     "lora": "LoRA taught the language model to use them, and was merged into its weights.",
     "qlora": "LoRA taught the language model, in 4-bit, to use them, and was merged into its "
     "dequantised weights.",
+    "by_modality": "Two LoRA taught it to use them, one for pictures and one for recordings, kept "
+    "apart in `adapters/`: a question in text alone meets the language model's own weights.",
     "full": "The whole language model was trained with them.",
 }
 
@@ -53,13 +55,17 @@ def write_card(folder: Path, recipe: Recipe, model: PreTrainedModel, metrics: Pa
         transcribes=model.config.audio_route == "transcript",
         image_tokens=model.config.num_image_tokens if model.config.vision_config else 0,
         audio_ms=20 * model.config.audio_stack,
-        tuning=TUNING[recipe.tune.language_model],
+        tuning=TUNING[_tuning(recipe)],
         seed=recipe.training.get("seed", 42),
         results=_results(rows),
         measured=measured,
         commit=_commit(),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _tuning(recipe: Recipe) -> str:
+    return "by_modality" if recipe.adapters == "by_modality" else recipe.tune.language_model
 
 
 def _front_matter(recipe: Recipe, rows: list[dict]) -> str:

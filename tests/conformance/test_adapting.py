@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from modeling_phi_mm import PhiMMForConditionalGeneration, PhiMMModel
 from phi_mm.assembly import FLOAT_MODULES, LORA_TARGETS, projectors
+from phi_mm.hub import merge
 from phi_mm.hub.export import save_artefact
 
 from .conftest import Case
@@ -195,6 +196,38 @@ def test_mixed_batch_of_projectors_is_refused(case: Case, adapter, refused) -> N
     refused(raised.value)
 
 
+@way("`phi-mm merge` into a base of 16 bits")
+def test_merge(case: Case, adapter, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_artefact(load(case).to(torch.bfloat16), case.build()[1], base)
+    answered, difference = merge(str(adapter(1, True)), tmp_path / "merged", base=str(base))
+    # bfloat16 keeps 8 bits, and this adapter is as large as the weights that it is added to
+    assert 0 < difference <= 0.1
+    assert max(row.difference for row in answered) <= 5e-2
+    inputs = inputs_of(case, [case.messages()])
+    merged = PhiMMForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    assert merged.dtype == torch.bfloat16
+    expected = logits(PeftModel.from_pretrained(load(case), adapter(1, True)), inputs)
+    found = logits(merged, inputs)
+    assert (found - expected).abs().max() <= 0.1 * expected.abs().max()
+    assert (logits(load(case), inputs) - expected).abs().max() > 0.5 * expected.abs().max()
+
+
+@way("`phi-mm merge` into a base in 4 bits")
+def test_merge_into_four_bits_is_refused(case: Case, adapter, tmp_path: Path, refused) -> None:
+    save_artefact(load(case, quantization_config=four_bits()), case.build()[1], tmp_path / "base")
+    with pytest.raises(ValueError, match="with quantised weights, expected 16 or 32") as raised:
+        merge(str(adapter(1)), tmp_path / "merged", base=str(tmp_path / "base"))
+    refused(str(raised.value).replace(str(tmp_path / "base"), "BASE"))
+    assert not (tmp_path / "merged").exists()
+
+
+def four_bits() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=FLOAT_MODULES
+    )
+
+
 def by_modality(case: Case) -> PreTrainedModel:
     """The artefact's model with a random LoRA for each of its modalities."""
     model = load(case)
@@ -293,11 +326,8 @@ def test_base_model_by_modality_is_refused(case: Case, tmp_path: Path, refused) 
 @way("adapters by modality on a base in 4 bit")
 def test_by_modality_in_four_bit(case: Case, tmp_path: Path) -> None:
     save_artefact(by_modality(case), case.build()[1], tmp_path / "saved")
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=FLOAT_MODULES
-    )
     model = PhiMMForConditionalGeneration.from_pretrained(
-        tmp_path / "saved", quantization_config=settings
+        tmp_path / "saved", quantization_config=four_bits()
     ).eval()
     for module in model.modules():
         # bitsandbytes' kernel for CPUs with AVX512-BF16 wants layers of at least 64 columns.
