@@ -4,7 +4,9 @@ Shapes: B samples, L text positions, N images, P patches, W audio windows, M mel
     frames, C tower width, D language model width, V vocabulary.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
+from .attention_phi_mm import build_language_model, computes_in_float16
 from .configuration_phi_mm import PhiMMConfig
 from .projectors_phi_mm import AudioProjector, ImageProjector
 
@@ -59,6 +62,10 @@ class PhiMMCausalLMOutputWithPast(CausalLMOutputWithPast):
     audio_hidden_states: torch.FloatTensor | None = None
 
 
+# What stays in float when the language model is quantised; quantisers match names from the start.
+FLOAT_MODULES = r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|audio_projector)"
+
+
 class PhiMMPreTrainedModel(PreTrainedModel):
     config: PhiMMConfig
     base_model_prefix = "model"
@@ -70,6 +77,37 @@ class PhiMMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules = [FLOAT_MODULES]  # every quantiser of transformers leaves these alone
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args,
+        use_safetensors: bool | None = True,
+        **kwargs,
+    ) -> "PhiMMPreTrainedModel":
+        """As in transformers, but from safetensors only: a pickle runs whatever code it holds.
+
+        Raises:
+            ValueError: `use_safetensors=False`, or a folder that holds pickled weights alone.
+        """
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        pickled = pretrained_model_name_or_path is not None and sorted(folder.glob("*.bin"))
+        if use_safetensors is False or (pickled and not any(folder.glob("*.safetensors"))):
+            got = pickled[0].name if pickled else "use_safetensors=False"
+            raise ValueError(
+                f"got {got}, expected weights in safetensors, for unpickling can run any code: "
+                "load them where you trust them, and save them again with save_pretrained"
+            )
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs
+        )
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """As in transformers, but what the quantisers leave alone is float16 in a float16 model."""
+        plan = super()._get_dtype_plan(dtype)
+        return {name: kept for name, kept in plan.items() if name != FLOAT_MODULES}
 
 
 class PhiMMModel(PhiMMPreTrainedModel):
@@ -79,7 +117,8 @@ class PhiMMModel(PhiMMPreTrainedModel):
         super().__init__(config)
         self.vision_tower = self.multi_modal_projector = None
         if config.vision_config is not None:
-            self.vision_tower = AutoModel.from_config(config.vision_tower_config())
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+            del self.vision_tower.encoder.layers[config.num_vision_layers :]
             self.multi_modal_projector = ImageProjector(config)
         self.audio_tower = self.audio_projector = None
         if config.audio_config is not None:
@@ -88,7 +127,7 @@ class PhiMMModel(PhiMMPreTrainedModel):
             else:
                 self.audio_tower = WhisperEncoder._from_config(config.audio_config)
                 self.audio_projector = AudioProjector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = build_language_model(config.text_config)
         self.post_init()
 
     def train(self, mode: bool = True) -> "PhiMMModel":
@@ -438,6 +477,7 @@ class PhiMMForConditionalGeneration(PhiMMPreTrainedModel, GenerationMixin):
         hidden, loss = outputs.last_hidden_state, None
         if labels is None:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+            self._check_finite(logits)
         else:
             targets = nn.functional.pad(
                 labels[:, 1:], (0, 1), value=-100
@@ -460,6 +500,17 @@ class PhiMMForConditionalGeneration(PhiMMPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
         )
+
+    def _check_finite(self, logits: torch.Tensor):
+        """Float16 that overflows is an error, never an answer; in training it is the business of
+        the gradient scaler, which skips the step.
+        """
+        if not self.training and computes_in_float16(logits):
+            torch_compilable_check(
+                logits.isfinite().all(),
+                "got float16, in which this model overflows on this input: its logits are not "
+                "finite; load it with dtype=torch.bfloat16 or torch.float32",
+            )
 
     @torch.no_grad()
     def transcribe(self, input_features: torch.Tensor, **generate_kwargs) -> torch.LongTensor:

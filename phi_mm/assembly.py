@@ -46,14 +46,6 @@ LORA_TARGETS = {
     "phi": _LAYER + r"(self_attn\.(q_proj|k_proj|v_proj|dense)|mlp\.(fc1|fc2))",
     "phi3": _LAYER + r"(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))",
 }
-# bitsandbytes matches names from their beginning: a bare "vision_tower" would skip nothing.
-FLOAT_MODULES = [
-    "model.vision_tower",
-    "model.audio_tower",
-    "model.multi_modal_projector",
-    "model.audio_projector",
-    "lm_head",
-]
 
 
 def assemble(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, PhiMMProcessor]:
@@ -88,7 +80,7 @@ def join_parts(recipe: Recipe) -> tuple[PhiMMForConditionalGeneration, PhiMMProc
     config = _config(spec, text, vision, audio, tokenizer)
     quantized = recipe.tune.language_model == "qlora"
     weights = _joined_weights(config, text, vision, audio)
-    settings = _quantization(recipe) if quantized else {}
+    settings = {"quantization_config": recipe.bitsandbytes_config()} if quantized else {}
     model = _from_weights(config, weights, dtype=recipe.dtype, **settings)
     for projector in projectors(model).values():
         projector.float()  # what learns stays fp32: a step of 2e-5 is lost in bf16
@@ -250,8 +242,7 @@ def _joined_weights(
     if not config.tie_word_embeddings:
         parts["lm_head"] = text.lm_head
     if vision is not None:
-        kept = config.vision_tower_config().num_hidden_layers
-        del vision.encoder.layers[kept:]
+        del vision.encoder.layers[config.num_vision_layers :]
         parts["model.vision_tower"] = vision
     if audio is not None:
         whole = config.audio_route == "transcript"
@@ -273,12 +264,6 @@ def _from_weights(
     new = tuple(f"model.{name}." for name in PROJECTORS)
     check_loaded(info, "the joined model", ignore_missing=new)
     return model
-
-
-def _quantization(recipe: Recipe) -> dict[str, object]:
-    settings = recipe.bitsandbytes_config()
-    settings.llm_int8_skip_modules = FLOAT_MODULES
-    return {"quantization_config": settings}
 
 
 def _keep_training_arithmetic(model: PhiMMForConditionalGeneration) -> None:
