@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -25,6 +25,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .attention_phi_mm import build_language_model, computes_in_float16
 from .configuration_phi_mm import PhiMMConfig
+from .generation_phi_mm import PhiMMGenerationMixin
 from .projectors_phi_mm import AudioProjector, ImageProjector
 
 MEDIA_INPUTS = (
@@ -396,7 +397,7 @@ class PhiMMModel(PhiMMPreTrainedModel):
         )
 
 
-class PhiMMForConditionalGeneration(PhiMMPreTrainedModel, GenerationMixin):
+class PhiMMForConditionalGeneration(PhiMMPreTrainedModel, PhiMMGenerationMixin):
     """phi-mm with its vocabulary head: text, images and audio in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}

@@ -29,10 +29,12 @@ def test_folder_is_a_whole_repository(exported: tuple) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "LICENSE",
         "README.md",
+        "attention_phi_mm.py",
         "chat_template.jinja",
         "config.json",
         "configuration_phi_mm.py",
         "generation_config.json",
+        "generation_phi_mm.py",
         "model.safetensors",
         "modeling_phi_mm.py",
         "processing_phi_mm.py",
