@@ -1,4 +1,4 @@
-"""The language models, with attention scores that are never computed in float16.
+"""The language models, with attention scores and rotary frequencies that are always float32.
 
 Phi-2's queries and keys fit float16, their products do not: whatever multiplies them in float16
 answers with NaN (https://github.com/huggingface/transformers/issues/28673). Here they are
@@ -67,23 +67,37 @@ AttentionMaskInterface.register(GUARDED["eager"], eager_mask)
 AttentionMaskInterface.register(GUARDED["sdpa"], sdpa_mask)
 
 
-class _Guarded:
-    """Takes the guarded form of whichever attention is asked for, at loading and later."""
+class _Precise:
+    """A language model that keeps float32 where a smaller dtype would answer wrongly."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """`.to(dtype)` leaves the frequencies of the rotary embedding as they are.
+
+        Rounded to bfloat16, they would turn far positions by another angle altogether.
+        """
+        before = dict(self.rotary_emb.named_buffers())
+        super()._apply(fn, recurse)
+        for name, frequencies in before.items():
+            after = getattr(self.rotary_emb, name)
+            if after.dtype != frequencies.dtype:
+                setattr(self.rotary_emb, name, frequencies.to(after.device))
+        return self
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
+        """The guarded form of whichever attention is asked for, at loading and later."""
         chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
         return GUARDED.get(chosen, chosen)
 
 
-class PhiMMPhiModel(_Guarded, PhiModel):
+class PhiMMPhiModel(_Precise, PhiModel):
     """Phi-1, 1.5 and 2."""
 
     config: PhiConfig
 
 
-class PhiMMPhi3Model(_Guarded, Phi3Model):
+class PhiMMPhi3Model(_Precise, Phi3Model):
     """Phi-3, 3.5 and 4-mini."""
 
     config: Phi3Config
