@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
+
+MEDIA = ("pixel_values", "image_embeds", "input_features", "audio_embeds", "mm_encoder_outputs")
 
 
 class PhiMMGenerationMixin(GenerationMixin):
@@ -20,8 +22,8 @@ class PhiMMGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: for token healing, early exit, continuous batching, a phi-mm as assistant,
-                a negative prompt with placeholders, `inputs_embeds` in chunks, or a cache offloaded
-                from the CPU to the CPU.
+                a negative prompt with placeholders, `inputs_embeds` in chunks, media that a cache
+                holds already, or a cache offloaded from the CPU to the CPU.
         """
         settings = (generation_config or self.generation_config).to_dict() | {
             name: value for name, value in kwargs.items() if value is not None
@@ -73,9 +75,15 @@ class PhiMMGenerationMixin(GenerationMixin):
                 "got inputs_embeds and prefill_chunk_size, expected one of them: only input_ids "
                 "can be cut into chunks"
             )
-        yield from self._cache_refusals(str(settings.get("cache_implementation")))
+        yield from self._cache_refusals(settings)
 
-    def _cache_refusals(self, cache_implementation: str) -> Iterator[str]:
+    def _cache_refusals(self, settings: dict) -> Iterator[str]:
+        if self._is_given_again(**settings):
+            yield (
+                "got media with a prompt of which past_key_values hold all placeholders, expected "
+                "no media but those of the new turn: leave out what the cache has seen"
+            )
+        cache_implementation = str(settings.get("cache_implementation"))
         if cache_implementation == "paged":
             yield (
                 "got cache_implementation='paged', expected 'dynamic' or 'static': continuous "
@@ -86,6 +94,22 @@ class PhiMMGenerationMixin(GenerationMixin):
                 f"got cache_implementation={cache_implementation!r} with the model on the CPU, "
                 "expected 'dynamic' or 'static': the CPU is where a cache is offloaded to"
             )
+
+    def _is_given_again(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **settings,
+    ) -> bool:
+        """Whether there are media, and a cache that ends behind the last placeholder."""
+        media = any(settings.get(name) is not None for name in MEDIA)
+        if not media or input_ids is None or past_key_values is None:
+            return False
+        seen = int(past_key_values.get_seq_length())
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            seen = 0  # these are the ids of the new turn alone
+        return seen > 0 and not self._holds_placeholders(input_ids[:, seen:])
 
     def _holds_placeholders(self, ids: torch.Tensor) -> bool:
         placeholders = (self.config.image_token_id, self.config.audio_token_id)

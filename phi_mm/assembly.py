@@ -73,7 +73,10 @@ def join_parts(recipe: Recipe) -> tuple[PhiMMForConditionalGeneration, PhiMMProc
     text = load_text(spec.text, recipe.dtype)
     half = recipe.dtype == torch.float16 or recipe.training.get("fp16", False)
     if half and text.config.model_type == "phi":
-        raise ValueError("got float16, expected bfloat16 or float32: Phi-2's attention overflows")
+        raise ValueError(
+            "got float16, expected bfloat16 or float32: Phi-2 overflows in it, and only what a "
+            "finished model computes is kept from that, not its gradients"
+        )
     tokenizer = load_tokenizer(spec.text, text)
     vision = load_vision(spec.vision, recipe.dtype) if spec.vision else None
     audio = load_audio(spec.audio, recipe.dtype) if spec.audio else None

@@ -127,6 +127,11 @@ def image_text_to_text(visit: Visit) -> dict:
     return {"text": pipe(text=visit.messages, generate_kwargs=GREEDY, return_full_text=False)}
 
 
+def any_to_any(visit: Visit) -> dict:
+    pipe = pipeline("any-to-any", model=str(visit.folder), trust_remote_code=True)
+    return {"text": pipe(text=visit.messages, generate_kwargs=GREEDY, return_full_text=False)}
+
+
 def text_generation(visit: Visit) -> dict:
     pipe = pipeline("text-generation", model=str(visit.folder), trust_remote_code=True)
     return {"text": pipe("hello", return_full_text=False, **GREEDY)}
@@ -229,6 +234,7 @@ WAYS = (
     auto_feature_extractor,
     model_classes,
     image_text_to_text,
+    any_to_any,
     text_generation,
     saved_again,
     dtypes,

@@ -1,5 +1,6 @@
 """Loading by a stranger: what stranger.py, in a process of its own, makes of each artefact."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -148,6 +149,17 @@ def test_image_text_to_text(case, found):
     tokens = found["model_classes"]["AutoModel"]["answer"]
     _, processor = case.build()
     assert answer["generated_text"] == processor.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.way("Load", '`pipeline("any-to-any")`')
+def test_any_to_any(found, refused):
+    """transformers wants torchvision for it, which phi-mm does not depend on."""
+    if importlib.util.find_spec("torchvision") is not None:
+        assert worked(found["any_to_any"])["text"]
+        return
+    error = found["any_to_any"]["error"]
+    assert "AnyToAnyPipeline requires the Torchvision library" in error
+    refused(error)
 
 
 @pytest.mark.way("Load", '`pipeline("text-generation")`, text alone')

@@ -37,6 +37,19 @@ def test_assistant_of_another_vocabulary(talk, refused):
     refused(error.value)
 
 
+@pytest.mark.way("Generate", "assisted by a Phi of another vocabulary, with both tokenizers")
+def test_assistant_with_its_tokenizer(talk, greedy):
+    own = talk.processor.tokenizer
+    other = copy.deepcopy(own)
+    other.add_tokens(["zz"])
+    said = talk.say(
+        assistant_model=talk.phi(layers=1, vocab_size=310),
+        tokenizer=own,
+        assistant_tokenizer=other,
+    )
+    assert said == greedy
+
+
 @pytest.mark.way("Generate", "assisted by a phi-mm")
 def test_assisted_by_a_phi_mm(talk, refused):
     with pytest.raises(ValueError, match="expected a text-only Phi") as error:
@@ -133,7 +146,7 @@ def test_lengths(talk, greedy):
     assert len(talk.say(**stop, min_new_tokens=4)[0]) >= 4
 
 
-@pytest.mark.way("Generate", "scores, logits, hidden states and attentions of every step")
+@pytest.mark.way("Generate", "scores, logits and hidden states of every step")
 def test_outputs_of_every_step(talk):
     asked = dict.fromkeys(("output_scores", "output_logits", "output_hidden_states"), True)
     output = talk.model.generate(
@@ -147,6 +160,18 @@ def test_outputs_of_every_step(talk):
     suppressed = torch.stack(output.scores, 1)[..., talk.model.generation_config.suppress_tokens]
     assert (suppressed == -torch.inf).all()
     assert [states[-1].shape[1] for states in output.hidden_states] == [ids.shape[1] - 2, 1, 1]
+
+
+@pytest.mark.way("Generate", "attentions of every step, with eager attention")
+def test_attentions(case):
+    model, processor = case.build()
+    model.set_attn_implementation("eager")
+    ids = processor.tokenizer("what is it?", return_tensors="pt").input_ids
+    asked = {"output_attentions": True, "return_dict_in_generate": True}
+    output = model.generate(ids, max_new_tokens=2, do_sample=False, **asked)
+    shapes = [[tuple(layer.shape) for layer in step] for step in output.attentions]
+    assert shapes == [[(1, 4, 11, 11)] * 2, [(1, 4, 1, 12)] * 2]
+    torch.testing.assert_close(output.attentions[0][1].sum(-1), torch.ones(1, 4, 11))
 
 
 @pytest.mark.way("Generate", "`guidance_scale`, against a prompt of text")
