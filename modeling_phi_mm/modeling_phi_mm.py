@@ -64,7 +64,9 @@ class PhiMMCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 # What stays in float when the language model is quantised; quantisers match names from the start.
-FLOAT_MODULES = r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|audio_projector)"
+FLOAT_MODULES = (
+    r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|audio_projector)|lm_head"
+)
 
 
 class PhiMMPreTrainedModel(PreTrainedModel):
