@@ -96,7 +96,9 @@ class PhiMMPreTrainedModel(PreTrainedModel):
             ValueError: `use_safetensors=False`, or a folder that holds pickled weights alone.
         """
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
-        pickled = pretrained_model_name_or_path is not None and sorted(folder.glob("*.bin"))
+        pickled = pretrained_model_name_or_path is not None and sorted(
+            folder.glob("pytorch_model*.bin")
+        )
         if use_safetensors is False or (pickled and not any(folder.glob("*.safetensors"))):
             got = pickled[0].name if pickled else "use_safetensors=False"
             raise ValueError(

@@ -1,4 +1,4 @@
-"""One model in conversation: what the tests of generation ask, and greedy's answers to it."""
+"""One model in conversation: what the tests of generation ask it, and how."""
 
 import copy
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ MEDIA = ("pixel_values", "input_features", "input_features_mask")
 
 @dataclass(frozen=True)
 class Talk:
-    """A model, one prompt with media, and a left-padded batch of three, with greedy's answers."""
+    """A model, one prompt with media, and a left-padded batch of three that begins with it."""
 
     model: PreTrainedModel
     processor: PhiMMProcessor

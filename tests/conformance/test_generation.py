@@ -83,7 +83,7 @@ def test_cached_media_given_again(talk, refused):
     refused(error.value)
 
 
-@pytest.mark.way("Generate", "`torch.compile` of the decode step, whole graph")
+@pytest.mark.way("Generate", "`torch.compile` of the decode step, as one graph (backend `eager`)")
 def test_compiled_decoding(talk, greedy):
     torch._dynamo.reset()  # the graph of another model with these layers would do
     settings = CompileConfig(backend="eager", fullgraph=True)
