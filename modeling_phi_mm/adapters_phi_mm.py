@@ -48,6 +48,34 @@ class OwnRowsOnly:
 class ModalityAdaptersMixin:
     """What a model needs to carry adapters by modality; `config.modality_adapters` names them."""
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers', with the adapters by modality that the config names."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.modality_adapters:
+            hub = ("subfolder", "token", "cache_dir", "local_files_only", "force_download")
+            given = {name: kwargs[name] for name in hub if name in kwargs}
+            # The very commit that the weights came from, should the branch have moved since.
+            given["revision"] = getattr(model.config, "_commit_hash", None) or kwargs.get(
+                "revision"
+            )
+            model.load_modality_adapters(pretrained_model_name_or_path, **given)
+        return loaded
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As transformers', with the adapters by modality in subfolders, unmerged."""
+        if not self.config.modality_adapters:
+            return super().save_pretrained(save_directory, **kwargs)
+        self.save_modality_adapters(save_directory)
+        # With adapters loaded, transformers would save one of them and nothing else.
+        self._hf_peft_config_loaded = False
+        try:
+            kwargs.setdefault("state_dict", base_state_dict(self))
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self._hf_peft_config_loaded = True
+
     def add_modality_adapters(self, settings: dict) -> None:
         """Adds fresh adapters that are to be trained; everything else in the model is frozen.
 

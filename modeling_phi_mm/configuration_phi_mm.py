@@ -1,6 +1,5 @@
 """Configuration of a phi-mm model: the architecture, and nothing about how it is trained."""
 
-import copy
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -138,11 +137,10 @@ class PhiMMConfig(PreTrainedConfig):
         """Placeholder tokens of one picture."""
         return (self.image_grid // self.image_pool) ** 2 * self.image_tokens_per_cell
 
-    def vision_tower_config(self) -> PreTrainedConfig:
-        """The vision config with the layers that are run: those up to `vision_feature_layer`."""
-        config = copy.deepcopy(self.vision_config)
-        config.num_hidden_layers += 1 + self.vision_feature_layer
-        return config
+    @property
+    def num_vision_layers(self) -> int:
+        """Layers of the vision tower that are run: those up to `vision_feature_layer`."""
+        return self.vision_config.num_hidden_layers + 1 + self.vision_feature_layer
 
 
 __all__ = ["PhiMMConfig"]

@@ -47,14 +47,6 @@ LORA_TARGETS = {
     "phi": _LAYER + r"(self_attn\.(q_proj|k_proj|v_proj|dense)|mlp\.(fc1|fc2))",
     "phi3": _LAYER + r"(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))",
 }
-# bitsandbytes matches names from their beginning: a bare "vision_tower" would skip nothing.
-FLOAT_MODULES = [
-    "model.vision_tower",
-    "model.audio_tower",
-    "model.multi_modal_projector",
-    "model.audio_projector",
-    "lm_head",
-]
 
 
 def assemble(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, PhiMMProcessor]:
@@ -86,14 +78,17 @@ def join_parts(
     text = load_text(spec.text, recipe.dtype)
     half = recipe.dtype == torch.float16 or recipe.training.get("fp16", False)
     if half and text.config.model_type == "phi":
-        raise ValueError("got float16, expected bfloat16 or float32: Phi-2's attention overflows")
+        raise ValueError(
+            "got float16, expected bfloat16 or float32: Phi-2 overflows in it, and only what a "
+            "finished model computes is kept from that, not its gradients"
+        )
     tokenizer = load_tokenizer(spec.text, text)
     vision = load_vision(spec.vision, recipe.dtype) if spec.vision else None
     audio = load_audio(spec.audio, recipe.dtype) if spec.audio else None
     config = _config(spec, text, vision, audio, tokenizer)
     quantized = four_bit and recipe.tune.language_model == "qlora"
     weights = _joined_weights(config, text, vision, audio)
-    settings = _quantization(recipe) if quantized else {}
+    settings = {"quantization_config": recipe.bitsandbytes_config()} if quantized else {}
     model = _from_weights(config, weights, dtype=recipe.dtype, **settings)
     for projector in projectors(model).values():
         projector.float()  # what learns stays fp32: a step of 2e-5 is lost in bf16
@@ -268,8 +263,7 @@ def _joined_weights(
     if not config.tie_word_embeddings:
         parts["lm_head"] = text.lm_head
     if vision is not None:
-        kept = config.vision_tower_config().num_hidden_layers
-        del vision.encoder.layers[kept:]
+        del vision.encoder.layers[config.num_vision_layers :]
         parts["model.vision_tower"] = vision
     if audio is not None:
         whole = config.audio_route == "transcript"
@@ -291,12 +285,6 @@ def _from_weights(
     new = tuple(f"model.{name}." for name in PROJECTORS)
     check_loaded(info, "the joined model", ignore_missing=new)
     return model
-
-
-def _quantization(recipe: Recipe) -> dict[str, object]:
-    settings = recipe.bitsandbytes_config()
-    settings.llm_int8_skip_modules = FLOAT_MODULES
-    return {"quantization_config": settings}
 
 
 def _keep_training_arithmetic(model: PhiMMForConditionalGeneration) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conformance_table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
@@ -22,6 +23,17 @@ from processing import PhiMMProcessor, chat_template_for
 SAMPLES = Path(__file__).parents[1] / "../shared/data"
 BYTES = len(pre_tokenizers.ByteLevel.alphabet())  # 256: the tokenizer below has one token a byte
 VOCABULARY = 300  # leaves spare rows after bytes and special tokens, as Phi-2 has
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    words = "write the table of conformance to this file"
+    parser.addoption("--write-table", metavar="PATH", type=Path, help=words)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--write-table")
+    if path is not None:
+        config.pluginmanager.register(Table(path))
 
 
 @pytest.fixture(scope="session")

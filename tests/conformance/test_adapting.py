@@ -13,24 +13,22 @@ from peft.utils.hotswap import hotswap_adapter
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from modeling_phi_mm import PhiMMForConditionalGeneration, PhiMMModel
-from phi_mm.assembly import FLOAT_MODULES, LORA_TARGETS, projectors
+from phi_mm.assembly import LORA_TARGETS, projectors
 from phi_mm.hub import merge
 from phi_mm.hub.export import save_artefact
 
-from .conftest import Case
-
-SECTION = "Adapting"
+SECTION = "Adapt"
 
 
 def way(name: str):
     return pytest.mark.way(SECTION, name)
 
 
-def load(case: Case, **settings) -> PreTrainedModel:
+def load(case, **settings) -> PreTrainedModel:
     return PhiMMForConditionalGeneration.from_pretrained(case.artefact, **settings).eval()
 
 
-def inputs_of(case: Case, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
+def inputs_of(case, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
     _, processor = case.build()
     return processor.apply_chat_template(
         conversations,
@@ -46,7 +44,7 @@ def logits(model: torch.nn.Module, inputs: dict, **settings) -> torch.Tensor:
         return model(**inputs, **settings).logits
 
 
-def lora(case: Case) -> LoraConfig:
+def lora(case) -> LoraConfig:
     return LoraConfig(
         r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=LORA_TARGETS[case.family]
     )
@@ -62,7 +60,7 @@ def fill(model: torch.nn.Module, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def adapter(case: Case, tmp_path_factory: pytest.TempPathFactory):
+def adapter(case, tmp_path_factory: pytest.TempPathFactory):
     """Function (seed, with projectors) -> folder of a PEFT adapter for the artefact."""
     folder = tmp_path_factory.mktemp("adapters")
 
@@ -81,7 +79,7 @@ def adapter(case: Case, tmp_path_factory: pytest.TempPathFactory):
 
 
 @way("LoRA targets of a recipe")
-def test_lora_names_hold_only_the_language_model(case: Case) -> None:
+def test_lora_names_hold_only_the_language_model(case) -> None:
     model = get_peft_model(load(case), lora(case))
     names = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     assert len(names) == 2 * {"phi": 6, "phi3": 4}[case.family]
@@ -89,7 +87,7 @@ def test_lora_names_hold_only_the_language_model(case: Case) -> None:
 
 
 @way("`PeftModel.from_pretrained`")
-def test_peft_model(case: Case, adapter) -> None:
+def test_peft_model(case, adapter) -> None:
     inputs = inputs_of(case, [case.messages()])
     plain = logits(load(case), inputs)
     adapted = logits(PeftModel.from_pretrained(load(case), adapter(1, True)), inputs)
@@ -99,7 +97,7 @@ def test_peft_model(case: Case, adapter) -> None:
 
 
 @way("`model.load_adapter`, `set_adapter`, `disable_adapters`")
-def test_native_integration(case: Case, adapter) -> None:
+def test_native_integration(case, adapter) -> None:
     inputs = inputs_of(case, [case.messages()])
     model = load(case)
     plain = logits(model, inputs)
@@ -126,7 +124,7 @@ torch.save(model(**inputs).logits.detach(), sys.argv[3])
 
 
 @way("`AutoPeftModelForCausalLM`, with and without phi-mm installed")
-def test_auto_peft(case: Case, adapter, tmp_path: Path) -> None:
+def test_auto_peft(case, adapter, tmp_path: Path) -> None:
     inputs = dict(inputs_of(case, [case.messages()]))
     installed = logits(AutoPeftModelForCausalLM.from_pretrained(adapter(1, True)).eval(), inputs)
     expected = logits(PeftModel.from_pretrained(load(case), adapter(1, True)), inputs)
@@ -141,7 +139,7 @@ def test_auto_peft(case: Case, adapter, tmp_path: Path) -> None:
 
 
 @way("several adapters on one base")
-def test_several_adapters(case: Case, adapter) -> None:
+def test_several_adapters(case, adapter) -> None:
     inputs = inputs_of(case, [case.messages()])
     model = PeftModel.from_pretrained(load(case), adapter(1), adapter_name="first")
     model.load_adapter(adapter(2), "second")
@@ -155,7 +153,7 @@ def test_several_adapters(case: Case, adapter) -> None:
 
 
 @way("hot swap")
-def test_hot_swap(case: Case, adapter) -> None:
+def test_hot_swap(case, adapter) -> None:
     inputs = inputs_of(case, [case.messages()])
     model = PeftModel.from_pretrained(load(case), adapter(1))
     hotswap_adapter(model, str(adapter(2)), adapter_name="default")
@@ -164,7 +162,7 @@ def test_hot_swap(case: Case, adapter) -> None:
 
 
 @way("a batch of several adapters, LoRA only")
-def test_mixed_batch(case: Case, adapter) -> None:
+def test_mixed_batch(case, adapter) -> None:
     conversations = [case.messages(seed) for seed in range(3)]
     inputs = inputs_of(case, conversations)
     model = PeftModel.from_pretrained(load(case), adapter(1), adapter_name="first")
@@ -187,7 +185,7 @@ def test_mixed_batch(case: Case, adapter) -> None:
 
 
 @way("a batch of several adapters, projectors in `modules_to_save`")
-def test_mixed_batch_of_projectors_is_refused(case: Case, adapter, refused) -> None:
+def test_mixed_batch_of_projectors_is_refused(case, adapter, refused) -> None:
     inputs = inputs_of(case, [case.messages(seed) for seed in range(2)])
     model = PeftModel.from_pretrained(load(case), adapter(1, True), adapter_name="first")
     model.load_adapter(adapter(2, True), "second")
@@ -197,7 +195,7 @@ def test_mixed_batch_of_projectors_is_refused(case: Case, adapter, refused) -> N
 
 
 @way("`phi-mm merge` into a base of 16 bits")
-def test_merge(case: Case, adapter, tmp_path: Path) -> None:
+def test_merge(case, adapter, tmp_path: Path) -> None:
     base = tmp_path / "base"
     save_artefact(load(case).to(torch.bfloat16), case.build()[1], base)
     answered, difference = merge(str(adapter(1, True)), tmp_path / "merged", base=str(base))
@@ -214,7 +212,7 @@ def test_merge(case: Case, adapter, tmp_path: Path) -> None:
 
 
 @way("`phi-mm merge` into a base in 4 bits")
-def test_merge_into_four_bits_is_refused(case: Case, adapter, tmp_path: Path, refused) -> None:
+def test_merge_into_four_bits_is_refused(case, adapter, tmp_path: Path, refused) -> None:
     save_artefact(load(case, quantization_config=four_bits()), case.build()[1], tmp_path / "base")
     with pytest.raises(ValueError, match="with quantised weights, expected 16 or 32") as raised:
         merge(str(adapter(1)), tmp_path / "merged", base=str(tmp_path / "base"))
@@ -223,12 +221,10 @@ def test_merge_into_four_bits_is_refused(case: Case, adapter, tmp_path: Path, re
 
 
 def four_bits() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=FLOAT_MODULES
-    )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
 
-def by_modality(case: Case) -> PreTrainedModel:
+def by_modality(case) -> PreTrainedModel:
     """The artefact's model with a random LoRA for each of its modalities."""
     model = load(case)
     names = [n for n, there in (("image", case.sees), ("audio", case.hears)) if there]
@@ -237,7 +233,7 @@ def by_modality(case: Case) -> PreTrainedModel:
     return model.eval()
 
 
-def mixture(case: Case) -> list[list[dict]]:
+def mixture(case) -> list[list[dict]]:
     """Conversations with each part alone, with all of them, and with text alone."""
     *media, question = case.messages()[0]["content"]
     contents = [[question], *([part, question] for part in media), [*media, question]]
@@ -245,7 +241,7 @@ def mixture(case: Case) -> list[list[dict]]:
 
 
 @way("adapters by modality: text is the base's, bit by bit")
-def test_text_beside_other_modalities(case: Case) -> None:
+def test_text_beside_other_modalities(case) -> None:
     inputs = inputs_of(case, mixture(case))
     model, base = by_modality(case), load(case)
     adapted, plain = logits(model, inputs), logits(base, inputs)
@@ -257,7 +253,7 @@ def test_text_beside_other_modalities(case: Case) -> None:
 
 @way("adapters by modality: a batch answers as its rows do alone")
 @pytest.mark.parametrize("beams", [1, 3])
-def test_rows_use_their_own_adapters(case: Case, beams: int) -> None:
+def test_rows_use_their_own_adapters(case, beams: int) -> None:
     model, conversations = by_modality(case), mixture(case)
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
     together = model.generate(**inputs_of(case, conversations), **settings)
@@ -267,7 +263,7 @@ def test_rows_use_their_own_adapters(case: Case, beams: int) -> None:
 
 
 @way("adapters by modality: saved in subfolders, loaded by `AutoModel` alone")
-def test_saved_by_modality(case: Case, tmp_path: Path) -> None:
+def test_saved_by_modality(case, tmp_path: Path) -> None:
     inputs = inputs_of(case, mixture(case))
     model = by_modality(case)
     save_artefact(model, case.build()[1], tmp_path / "saved")
@@ -283,7 +279,7 @@ def test_saved_by_modality(case: Case, tmp_path: Path) -> None:
 
 
 @way("adapters by modality: beside one's own adapter")
-def test_own_adapter_beside_those_by_modality(case: Case, adapter) -> None:
+def test_own_adapter_beside_those_by_modality(case, adapter) -> None:
     inputs = inputs_of(case, mixture(case)[:1])
     model = by_modality(case)
     by_itself = model.active_adapters()
@@ -294,7 +290,7 @@ def test_own_adapter_beside_those_by_modality(case: Case, adapter) -> None:
 
 
 @way("adapters by modality: a cache without `modality_mask`")
-def test_cache_without_modality_mask_is_refused(case: Case, refused) -> None:
+def test_cache_without_modality_mask_is_refused(case, refused) -> None:
     model, inputs = by_modality(case), inputs_of(case, [case.messages()])
     with torch.no_grad():
         first = model(**inputs, use_cache=True)
@@ -315,7 +311,7 @@ def test_cache_without_modality_mask_is_refused(case: Case, refused) -> None:
 
 
 @way("adapters by modality: `PhiMMModel` without its head")
-def test_base_model_by_modality_is_refused(case: Case, tmp_path: Path, refused) -> None:
+def test_base_model_by_modality_is_refused(case, tmp_path: Path, refused) -> None:
     save_artefact(by_modality(case), case.build()[1], tmp_path / "saved")
     model = PhiMMModel.from_pretrained(tmp_path / "saved").eval()
     with pytest.raises(ValueError, match="load it by PhiMMForConditionalGeneration") as raised:
@@ -324,7 +320,7 @@ def test_base_model_by_modality_is_refused(case: Case, tmp_path: Path, refused) 
 
 
 @way("adapters by modality on a base in 4 bit")
-def test_by_modality_in_four_bit(case: Case, tmp_path: Path) -> None:
+def test_by_modality_in_four_bit(case, tmp_path: Path) -> None:
     save_artefact(by_modality(case), case.build()[1], tmp_path / "saved")
     model = PhiMMForConditionalGeneration.from_pretrained(
         tmp_path / "saved", quantization_config=four_bits()
