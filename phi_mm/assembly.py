@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -88,7 +89,7 @@ def join_parts(recipe: Recipe) -> tuple[PhiMMForConditionalGeneration, PhiMMProc
     config = _config(spec, text, vision, audio, tokenizer)
     quantized = recipe.tune.language_model == "qlora"
     weights = _joined_weights(config, text, vision, audio)
-    settings = _quantization(recipe) if quantized else {}
+    settings = {"quantization_config": quantization(recipe)} if quantized else {}
     model = _from_weights(config, weights, dtype=recipe.dtype, **settings)
     for projector in projectors(model).values():
         projector.float()  # what learns stays fp32: a step of 2e-5 is lost in bf16
@@ -275,10 +276,11 @@ def _from_weights(
     return model
 
 
-def _quantization(recipe: Recipe) -> dict[str, object]:
+def quantization(recipe: Recipe) -> BitsAndBytesConfig:
+    """How the language model of a `qlora` run is quantised, and nothing else of the model."""
     settings = recipe.bitsandbytes_config()
     settings.llm_int8_skip_modules = FLOAT_MODULES
-    return {"quantization_config": settings}
+    return settings
 
 
 def _keep_training_arithmetic(model: PhiMMForConditionalGeneration) -> None:
