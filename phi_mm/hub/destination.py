@@ -47,8 +47,8 @@ def check_destination(repo: str, private: bool = False) -> str:
             )
         if private and _is_public(api, name):
             raise ValueError(
-                f"got --private, but {name} exists and is public: make it private in its settings, "
-                "or give another name"
+                f"got {name}, which exists and is public, for a private repository: make it "
+                "private in its settings, or give another name"
             )
     return name
 

@@ -88,20 +88,31 @@ def check_card(folder: Path) -> None:
         data = ModelCard((folder / "README.md").read_text(encoding="utf-8")).data
     except ValueError as error:
         raise ValueError(f"got a front matter in README.md that is not valid: {error}") from error
-    expected = FRONT_MATTER
-    if (folder / ADAPTER_CONFIG).is_file():
-        expected = (*FRONT_MATTER, "base_model", "base_model_relation")
-    if missing := [name for name in expected if not data.get(name)]:
+    if missing := [name for name in FRONT_MATTER if not data.get(name)]:
         raise ValueError(f"got a README.md without {', '.join(missing)} in its front matter")
     bases = data.get("base_model", [])
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = [bases] if isinstance(bases, str) else bases
+    for base in bases:
         validate_repo_id(base)
+    _check_adapted(folder, bases, data.get("base_model_relation"))
     for result in data.get("eval_results", []):
         if not isinstance(result.metric_value, int | float) or math.isnan(result.metric_value):
             raise ValueError(
                 f"got {result.metric_value!r} for {result.metric_type} of {result.dataset_name} "
                 "in README.md, expected a number"
             )
+
+
+def _check_adapted(folder: Path, bases: list[str], relation: str | None) -> None:
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = config["base_model_name_or_path"]
+    if base is not None and (bases, relation) != ([base], "adapter"):
+        raise ValueError(
+            f"got base_model {bases} and base_model_relation {relation} in README.md, expected "
+            f"{base} and adapter, as {ADAPTER_CONFIG} has it"
+        )
 
 
 def _check_weights(folder: Path, names: list[str]) -> None:

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+)
 
 from phi_mm.assembly import quantization
 from phi_mm.hub.adapter import check_base, load_trained, lora_recipe, write_adapter
@@ -145,24 +151,35 @@ def _push_verified(
 
 def _upload(folder: Path, destination: Destination, repo: str) -> tuple[str, bool]:
     """Makes repository and branch where there are none, and one commit; says whether private."""
-    api, branch = HfApi(), destination.branch
     names = check_folder(folder)
     with told(f"the upload to {repo} stopped; the same command goes on where it was"):
-        api.create_repo(repo, private=destination.private or None, exist_ok=True)
-        if branch != MAIN:
-            api.create_branch(repo, branch=branch, exist_ok=True)
-        there = api.list_repo_files(repo, revision=branch)
-        stale = [name for name in there if is_published(name) and name not in names]
-        done = api.create_commit(
-            repo,
-            [
-                *(CommitOperationAdd(name, str(folder / name)) for name in names),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message="Pushed by phi-mm",
-            revision=branch,
-        )
-        return done.oid, api.model_info(repo).private
+        HfApi().create_repo(repo, private=destination.private or None, exist_ok=True)
+        done = commit_folder(folder, names, repo, destination.branch, "Pushed by phi-mm")
+        return done.oid, HfApi().model_info(repo).private
+
+
+def commit_folder(
+    folder: Path, names: list[str], repo: str, branch: str, message: str
+) -> CommitInfo:
+    """One commit after which the branch has these files and none of an earlier push besides.
+
+    Args:
+        folder: holds the files.
+        names: as `check_folder` gives them.
+        repo: an existing repository.
+        branch: made where there is none.
+        message: of the commit.
+    """
+    api = HfApi()
+    if branch != MAIN:
+        api.create_branch(repo, branch=branch, exist_ok=True)
+    there = api.list_repo_files(repo, revision=branch)
+    stale = [name for name in there if is_published(name) and name not in names]
+    operations = [
+        *(CommitOperationAdd(name, str(folder / name)) for name in names),
+        *(CommitOperationDelete(name) for name in stale),
+    ]
+    return api.create_commit(repo, operations, commit_message=message, revision=branch)
 
 
 def _linked(folder: Path, copy: Path) -> Path:
