@@ -123,7 +123,7 @@ def _front_matter(
         for row in rows
         if row["control"] is None and row["task"] not in BY_A_BASE
     ]
-    bases = [base] if base else [n for n in _bases(recipe).values() if not Path(n).exists()]
+    bases = base or [name for name in _bases(recipe).values() if not Path(name).exists()]
     data = ModelCardData(
         license="apache-2.0",
         library_name="peft" if adapter else "transformers",

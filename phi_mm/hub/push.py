@@ -8,6 +8,8 @@ into the environment of the process that verifies, and is never written.
 
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,8 +132,9 @@ def _push_verified(
     probes = make_probes(places["media"], processor)
     answers, logits = ask_fresh(source, probes, places["before"], logits=True)
     if model is not None:
-        for probe, found in zip(probes, logits, strict=True):
-            compare(probe, model, processor, found)
+        with _explained(source.base):
+            for probe, found in zip(probes, logits, strict=True):
+                compare(probe, model, processor, found)
     logger.info("%s answers in a fresh process; uploading to %s", folder, repo)
     commit, private = _upload(folder, destination, repo)
     asked = Source(
@@ -147,6 +150,16 @@ def _push_verified(
     for probe, (*words, expected, found) in zip(probes, pairs, strict=True):
         _check_same(probe, words, expected, found, f"{repo} at {commit}")
     return Pushed(repo, commit, list(zip(probes, again, strict=True)))
+
+
+@contextmanager
+def _explained(base: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; expected {base} to hold the very parts that the run was trained on"
+        ) from error
 
 
 def _upload(folder: Path, destination: Destination, repo: str) -> tuple[str, bool]:

@@ -10,7 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AttentionInterface, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AttentionInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -67,31 +72,45 @@ def missed_by_config(config: dict) -> list[str]:
     return missed
 
 
-def missed_by_processor(processor: ProcessorMixin, config: object) -> list[str]:
+def missed_by_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> list[str]:
     """Requirements that the processor misses, each in a sentence."""
     missed = []
     sees, hears = config.vision_config is not None, config.audio_config is not None
-    if "__call__" in vars(type(processor)):
-        missed.append("the processor overrides __call__, expected the base class's, which reports "
-                      "where placeholders were replaced")  # fmt: skip
+    if type(processor).__call__ is not ProcessorMixin.__call__:
+        missed.append(
+            "the processor overrides __call__, expected the base class's, which tells where "
+            "placeholders were replaced"
+        )
     if hasattr(processor, "image_processor") != sees:
-        missed.append("the processor has the attribute image_processor, expected it only where "
-                      "there is a vision tower: vLLM takes it for one")  # fmt: skip
-    if sees:
-        counted = processor._get_num_multimodal_tokens(image_sizes=[(10_000, 10_000)])
-        given = processor(text=processor.image_token, images=[_picture()], return_tensors="pt")
-        found = int((given["input_ids"] == processor.image_token_id).sum())
-        if counted["num_image_tokens"] != [found] or counted["num_image_patches"] != [1]:
-            missed.append(
-                f"_get_num_multimodal_tokens counts {counted['num_image_tokens']} tokens and "
-                f"{counted['num_image_patches']} rows for a picture, expected [{found}] and [1]"
-            )
-    if hears:
-        ears = processor.feature_extractor
-        for name in ("sampling_rate", "chunk_length"):
-            if not hasattr(ears, name):
-                missed.append(f"feature_extractor has no {name}, by which vLLM makes recordings")
-    return missed + _missed_by_outputs(processor, sees, hears)
+        missed.append(
+            "the processor's attribute image_processor is there without a vision tower, or not "
+            "there with one: vLLM tells by it whether a model sees"
+        )
+    if sees and not hasattr(processor, "_get_num_multimodal_tokens"):
+        missed.append("the processor has no _get_num_multimodal_tokens: export the run again")
+    missed += [
+        f"feature_extractor has no {name}, by which vLLM makes recordings"
+        for name in ("sampling_rate", "chunk_length")
+        if hears and not hasattr(processor.feature_extractor, name)
+    ]
+    if missed:
+        return missed
+    return _missed_by_counts(processor, sees) + _missed_by_outputs(processor, sees, hears)
+
+
+def _missed_by_counts(processor: ProcessorMixin, sees: bool) -> list[str]:
+    if not sees:
+        return []
+    counted = processor._get_num_multimodal_tokens(image_sizes=[(10_000, 10_000)])
+    tokens, rows = counted["num_image_tokens"], counted["num_image_patches"]
+    given = processor(text=processor.image_token, images=[_picture()], return_tensors="pt")
+    found = int((given["input_ids"] == processor.image_token_id).sum())
+    if (tokens, rows) == ([found], [1]):
+        return []
+    return [
+        f"_get_num_multimodal_tokens counts {tokens} tokens and {rows} rows for a picture, "
+        f"expected [{found}] and [1]"
+    ]
 
 
 def _missed_by_outputs(processor: ProcessorMixin, sees: bool, hears: bool) -> list[str]:
