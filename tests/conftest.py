@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
+import huggingface_hub.hf_api
 import pytest
 import torch
 import transformers.utils.hub
@@ -181,7 +182,9 @@ def login(
     }
     for name, value in settings.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # keeps the endpoint it began with
+    # These two keep the endpoint that they began with.
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", loopback.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "1")

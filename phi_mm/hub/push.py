@@ -136,7 +136,7 @@ def _push_verified(
             for probe, found in zip(probes, logits, strict=True):
                 compare(probe, model, processor, found)
     logger.info("%s answers in a fresh process; uploading to %s", folder, repo)
-    commit, private = _upload(folder, destination, repo)
+    commit, private = upload(folder, destination, repo)
     asked = Source(
         repo,
         revision=commit,
@@ -162,7 +162,7 @@ def _explained(base: str) -> Iterator[None]:
         ) from error
 
 
-def _upload(folder: Path, destination: Destination, repo: str) -> tuple[str, bool]:
+def upload(folder: Path, destination: Destination, repo: str) -> tuple[str, bool]:
     """Makes repository and branch where there are none, and one commit; says whether private."""
     names = check_folder(folder)
     with told(f"the upload to {repo} stopped; the same command goes on where it was"):
