@@ -58,13 +58,16 @@ def told(what: str) -> Iterator[None]:
     """Turns an error of the Hub or of the way to it into one sentence, raised as ValueError."""
     try:
         yield
-    except HfHubHTTPError as error:
-        said = error.server_message or str(error).strip().splitlines()[0]
-        raise ValueError(f"{what}: {said}") from error
     except (HTTPError, OfflineModeIsEnabled) as error:  # HTTPError is the HTTP library's own
-        raise ValueError(f"{what}: {error} ({HfApi().endpoint})") from error
+        raise ValueError(f"{what}: {_words(error)}") from error
     except RuntimeError as error:  # an upload's, around either of the above
-        raise ValueError(f"{what}: {error.__cause__ or error}") from error
+        raise ValueError(f"{what}: {_words(error.__cause__ or error)}") from error
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, HfHubHTTPError):
+        return error.server_message or str(error).strip().splitlines()[0]
+    return f"{error} ({HfApi().endpoint})"
 
 
 def _only_reads(organisation: dict) -> bool:

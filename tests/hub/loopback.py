@@ -13,7 +13,8 @@ LFS), git itself (commit ids are hashes of the tree and its parent, not git's), 
 data sets and Spaces, gated repositories, fine-grained tokens, quotas and rate limits, pages of a
 long listing, files too large for a commit, `.gitattributes` and `.gitignore` (weights are LFS by
 their ending), malware scans, and the Hub's schema of card metadata: it parses the YAML and asks for
-no more. Nothing is written to disk; TLS is absent.
+no more. Nothing is written to disk; TLS is absent,
+and over plain HTTP the client does not read a bare 401 as "no such repository", as it does else.
 """
 
 import base64
@@ -252,9 +253,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.received[oid] += len(content)
         with self.hub.lock:
             self.hub.parts.setdefault(signature, {})[int(part or 1)] = content
-        self.send("", headers={"ETag": hashlib.md5(content).hexdigest()})
         if part is None:
             self.assemble(signature)
+        self.send("", headers={"ETag": hashlib.md5(content).hexdigest()})
 
     def complete(self, signature: str) -> None:
         self.assemble(signature)
