@@ -162,22 +162,30 @@ def test_training_does_not_begin_without_a_token(
 @pytest.fixture
 def adapted(
     recipe: Callable, login: Callable, loopback: LoopbackHub, tmp_path: Path
-) -> tuple[Path, str]:
-    """A QLoRA run, and the repository of a model of its parts with other projectors."""
+) -> tuple[Path, Callable[[str, float], None]]:
+    """A QLoRA run, and what puts a model of its parts (times a factor), with other projectors, into
+    a repository.
+    """
     made = recipe()
     train(made)
-    model, processor = join_parts(recipe(tune="frozen"))
-    save_artefact(model.float(), processor, tmp_path / "whole")
     login(loopback.token("ada"))
-    HfApi().create_repo("ada/whole", exist_ok=True)
-    HfApi().upload_folder(repo_id="ada/whole", folder_path=tmp_path / "whole")
-    return made.run_dir, "ada/whole"
+
+    def put_base(repo: str, factor: float = 1.0) -> None:
+        model, processor = join_parts(recipe(tune="frozen"))
+        with torch.no_grad():
+            model.lm_head.weight *= factor
+        save_artefact(model, processor, tmp_path / repo)
+        HfApi().create_repo(repo)
+        HfApi().upload_folder(repo_id=repo, folder_path=tmp_path / repo)
+
+    return made.run_dir, put_base
 
 
 def test_an_adapter_is_pushed_for_a_base_that_others_have(
     adapted: tuple, loopback: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    run, base = adapted
+    (run, put_base), base = adapted, "ada/whole"
+    put_base(base)
     main(["push", str(run), "--repo", "lora", "--adapter-only", "--base", base])
     assert "ada/lora at " in capsys.readouterr().out
     files = loopback.files("ada/lora")
@@ -199,6 +207,15 @@ def test_an_adapter_is_pushed_for_a_base_that_others_have(
         # The run learnt on 4-bit weights, and these are in float: close, and not the same.
         difference = (by_auto(**probe).logits - expected).abs().max() / expected.abs().max()
     assert 1e-4 < difference < 0.2
+
+
+def test_an_adapter_is_not_pushed_for_other_parts(adapted: tuple, loopback: LoopbackHub) -> None:
+    run, put_base = adapted
+    put_base("ada/other", factor=1.1)
+    line = ["push", str(run), "--repo", "wrong", "--adapter-only", "--base", "ada/other"]
+    with pytest.raises(SystemExit, match="logits differ .* expected ada/other to hold the very"):
+        main(line)
+    assert "ada/wrong" not in loopback.repositories
 
 
 @pytest.mark.parametrize(
