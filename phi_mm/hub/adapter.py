@@ -11,10 +11,10 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from phi_mm.assembly import load_run
 from phi_mm.checkout import LICENSE
 from phi_mm.hub.card import write_adapter_card
 from phi_mm.hub.destination import told
+from phi_mm.hub.export import check_paths, drop_origin
 from phi_mm.hub.folder import ADAPTER_CONFIG
 from phi_mm.recipes import Recipe, load_recipe
 from processing import PhiMMProcessor
@@ -74,7 +74,7 @@ def write_adapter(run: Path, folder: Path, base: str, processor: PhiMMProcessor)
     """Writes the adapter of a run, made for `base`, to `folder`.
 
     Raises:
-        ValueError: no finished run of lora or qlora.
+        ValueError: no finished run of lora or qlora, or a local path would be published.
     """
     recipe = lora_recipe(run)
     folder.mkdir(parents=True)
@@ -84,11 +84,7 @@ def write_adapter(run: Path, folder: Path, base: str, processor: PhiMMProcessor)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     type(processor).register_for_auto_class("AutoProcessor")
     processor.save_pretrained(folder)
+    drop_origin(folder)
     shutil.copy(LICENSE, folder / "LICENSE")
     write_adapter_card(folder, recipe, base, run / "metrics.json")
-
-
-def load_trained(run: Path) -> tuple[object, PhiMMProcessor]:
-    """The run with its adapter merged, which answers as base and adapter must."""
-    model, processor = load_run(run, merge=True)
-    return model.cpu(), processor
+    check_paths(folder, recipe)

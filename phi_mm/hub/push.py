@@ -10,7 +10,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,8 +22,8 @@ from huggingface_hub import (
     get_token,
 )
 
-from phi_mm.assembly import quantization
-from phi_mm.hub.adapter import check_base, load_trained, lora_recipe, write_adapter
+from phi_mm.assembly import load_run, quantization
+from phi_mm.hub.adapter import check_base, lora_recipe, write_adapter
 from phi_mm.hub.destination import check_destination, told
 from phi_mm.hub.folder import check_folder, is_published
 from phi_mm.hub.probes import Probe, make_probes
@@ -73,7 +73,7 @@ def push(folder: Path, destination: Destination, for_vllm: bool = False) -> Push
             connection that broke, and for answers that differ.
     """
     check_folder(folder)
-    repo = check_destination(destination.repo, destination.private)
+    destination = _checked(destination)
     with tempfile.TemporaryDirectory(prefix="phi-mm-push-") as work:
         source = Source(folder)
         if for_vllm:
@@ -81,7 +81,7 @@ def push(folder: Path, destination: Destination, for_vllm: bool = False) -> Push
             write_vllm_config(folder)
             check_vllm(folder)
             source = Source(folder, auto_class="AutoModelForMultimodalLM")
-        return _push_verified(source, destination, repo, Path(work))
+        return _push_verified(source, destination, Path(work))
 
 
 def push_adapter(run: Path, destination: Destination, base: str) -> Pushed:
@@ -98,9 +98,10 @@ def push_adapter(run: Path, destination: Destination, base: str) -> Pushed:
             answer as the run does.
     """
     recipe = lora_recipe(run)
-    repo = check_destination(destination.repo, destination.private)
+    destination = _checked(destination)
     private = check_base(base)
-    model, processor = load_trained(run)
+    model, processor = load_run(run, merge=True)
+    model = model.cpu()  # where the fresh process computes too
     with tempfile.TemporaryDirectory(prefix="phi-mm-push-") as work:
         folder = Path(work) / "adapter"
         write_adapter(run, folder, base, processor)
@@ -113,18 +114,22 @@ def push_adapter(run: Path, destination: Destination, base: str) -> Pushed:
             quantization=quantization(recipe).to_diff_dict() if quantized else None,
             token=get_token() if private else None,
         )
-        return _push_verified(source, destination, repo, Path(work), model)
+        return _push_verified(source, destination, Path(work), model)
+
+
+def _checked(destination: Destination) -> Destination:
+    """The destination by its full name."""
+    return replace(destination, repo=check_destination(destination.repo, destination.private))
 
 
 def _push_verified(
     source: Source,
     destination: Destination,
-    repo: str,
     work: Path,
     model: torch.nn.Module | None = None,
 ) -> Pushed:
     """Asks the folder in a fresh process, uploads it, and asks what another downloads again."""
-    folder = source.artefact
+    folder, repo = source.artefact, destination.repo
     processor = PhiMMProcessor.from_pretrained(folder)
     places = {name: work / name for name in ("media", "before", "after")}
     for place in places.values():
@@ -136,15 +141,9 @@ def _push_verified(
             for probe, found in zip(probes, logits, strict=True):
                 compare(probe, model, processor, found)
     logger.info("%s answers in a fresh process; uploading to %s", folder, repo)
-    commit, private = upload(folder, destination, repo)
-    asked = Source(
-        repo,
-        revision=commit,
-        auto_class=source.auto_class,
-        base=source.base,
-        quantization=source.quantization,
-        token=get_token() if private else source.token,  # a public one is loaded as anybody would
-    )
+    commit, private = upload(folder, destination)
+    token = get_token() if private else source.token  # a public one is loaded as anybody would
+    asked = replace(source, artefact=repo, revision=commit, token=token)
     again, logits_again = ask_fresh(asked, probes, places["after"], logits=True)
     pairs = zip(answers, again, logits, logits_again, strict=True)
     for probe, (*words, expected, found) in zip(probes, pairs, strict=True):
@@ -162,9 +161,16 @@ def _explained(base: str) -> Iterator[None]:
         ) from error
 
 
-def upload(folder: Path, destination: Destination, repo: str) -> tuple[str, bool]:
-    """Makes repository and branch where there are none, and one commit; says whether private."""
-    names = check_folder(folder)
+def upload(folder: Path, destination: Destination) -> tuple[str, bool]:
+    """Makes repository and branch where there are none, and one commit.
+
+    Returns:
+        The commit, and whether the repository is private.
+
+    Raises:
+        ValueError: the folder is not fit to be published, or the Hub cannot be reached or refuses.
+    """
+    names, repo = check_folder(folder), destination.repo
     with told(f"the upload to {repo} stopped; the same command goes on where it was"):
         HfApi().create_repo(repo, private=destination.private or None, exist_ok=True)
         done = commit_folder(folder, names, repo, destination.branch, "Pushed by phi-mm")

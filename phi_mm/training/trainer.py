@@ -132,8 +132,8 @@ class PhiMMTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
+        release = self._release(Path(self.args.output_dir), commit_message, revision)
         with told(f"cannot push to {self.hub_model_id}"):
-            release = self._release(Path(self.args.output_dir), commit_message, revision)
             return commit_folder(*release)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

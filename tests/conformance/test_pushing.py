@@ -79,10 +79,9 @@ def folder(case, run: Path, tmp_path: Path) -> Path:
 
 def pushed(folder: Path, name: str, **settings: object) -> tuple[str, str]:
     """Repository and commit, after all checks of `phi-mm push`."""
-    destination = Destination(name, **settings)
     check_folder(folder)
-    repo = check_destination(name, destination.private)
-    return repo, upload(folder, destination, repo)[0]
+    repo = check_destination(name, settings.get("private", False))
+    return repo, upload(folder, Destination(repo, **settings))[0]
 
 
 def logits(case, model: PreTrainedModel, processor: PhiMMProcessor) -> torch.Tensor:
