@@ -313,5 +313,27 @@ def _check_combination(recipe: Recipe) -> None:
         )
     if recipe.training.get("label_smoothing_factor"):
         raise ValueError("training.label_smoothing_factor: the Trainer would not shift the labels")
+    _check_hub(recipe.training)
     if recipe.features_dir and recipe.features == "live":
         raise ValueError("features_dir is given but features is live: set features: cached")
+
+
+def _check_hub(training: dict[str, Any]) -> None:
+    given = [key for key in training if key.startswith("hub_") and training[key] is not None]
+    if "hub_token" in given:
+        raise ValueError(
+            "training.hub_token would be written to recipe.yaml: run `hf auth login`, or set "
+            "HF_TOKEN"
+        )
+    if not training.get("push_to_hub"):
+        if given:
+            raise ValueError(f"training.{given[0]} is given without push_to_hub: add it")
+        return
+    if not training.get("hub_model_id"):
+        raise ValueError("training.push_to_hub is given without hub_model_id: name the repository")
+    strategy = training.get("hub_strategy", "every_save")
+    if strategy not in ("end", "every_save"):
+        raise ValueError(
+            f"got training.hub_strategy={strategy}, expected end or every_save: whole checkpoints "
+            "hold optimizer state, which is nothing to publish"
+        )

@@ -77,17 +77,21 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 def save_artefact(model: PreTrainedModel, processor: PhiMMProcessor, folder: Path) -> None:
     """Weights, configs, tokenizer, chat template, licence and the code that reads them."""
+    register_code(model, processor)
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    drop_origin(folder)
+    shutil.copy(LICENSE, folder / "LICENSE")
+
+
+def register_code(model: PreTrainedModel, processor: PhiMMProcessor) -> None:
+    """From now on, whatever `save_pretrained` writes of these two holds the code that reads it."""
     PhiMMConfig.register_for_auto_class("AutoConfig")
     type(processor).register_for_auto_class("AutoProcessor")
     type(model).register_for_auto_class("AutoModel")
     name = f"{type(model).__module__.rpartition('.')[2]}.{type(model).__name__}"
     model.config.auto_map = dict.fromkeys(AUTO_CLASSES, name)
-    folder.mkdir(parents=True)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    for name in ("config.json", "tokenizer_config.json"):
-        _drop_origin(folder / name)
-    shutil.copy(LICENSE, folder / "LICENSE")
 
 
 def check_paths(folder: Path, recipe: Recipe) -> None:
@@ -108,13 +112,14 @@ def check_paths(folder: Path, recipe: Recipe) -> None:
                 raise ValueError(f"got the local path {name} in {path.name}, expected none")
 
 
-def _drop_origin(path: Path) -> None:
-    """Takes the notes named in ORIGIN out of a json file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    cleaned = _without(content, ORIGIN)
-    if cleaned != content:
-        text = json.dumps(cleaned, indent=2, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+def drop_origin(folder: Path) -> None:
+    """Takes the notes named in ORIGIN out of the configs of model and tokenizer."""
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        cleaned = _without(content, ORIGIN)
+        if cleaned != content:
+            text = json.dumps(cleaned, indent=2, ensure_ascii=False)
+            path.write_text(text + "\n", encoding="utf-8")
 
 
 def _without(tree: object, keys: tuple[str, ...]) -> object:
