@@ -36,6 +36,7 @@ def test_folder_is_a_whole_repository(exported: tuple) -> None:
         "configuration_phi_mm.py",
         "generation_config.json",
         "generation_phi_mm.py",
+        "media_phi_mm.py",
         "model.safetensors",
         "modeling_phi_mm.py",
         "processing_phi_mm.py",
