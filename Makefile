@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check setup clean
+.PHONY: demo test conformance check setup clean
 
 setup: $(READY)
 
@@ -21,6 +21,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Every way of loading, generating, adapting and pushing; writes the table of what works.
+conformance: $(READY)
+	$(BIN)/python -m pytest tests/conformance --write-table docs/conformance.md
 
 check: $(READY)
 	$(BIN)/ruff check .

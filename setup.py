@@ -22,6 +22,7 @@ EXTRAS = {
         "bitsandbytes>=0.50",
         "datasets>=5.0",
         "espeakng-loader>=0.2",
+        "jinja2>=3.1",
         "peft>=0.21",
         "pyyaml>=6.0",
         "tensorboard>=2.18",

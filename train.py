@@ -17,6 +17,7 @@ from transformers import TrainingArguments, set_seed
 from phi_mm.assembly import assemble
 from phi_mm.datasets import mixture
 from phi_mm.features import FeatureCache, fill_cache, open_cache
+from phi_mm.hub.destination import check_destination
 from phi_mm.recipes import Recipe, load_recipe
 from phi_mm.training import PhiMMTrainer, begin_or_resume, by_modality
 from processing import PhiMMCollator, PhiMMProcessor
@@ -27,6 +28,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = parse()
     arguments = recipe.training_arguments()
+    if arguments.push_to_hub:
+        check_destination(arguments.hub_model_id, arguments.hub_private_repo)
     with arguments.main_process_first(desc="run folder"):
         checkpoint = begin_or_resume(recipe)
 

@@ -1,6 +1,5 @@
 """Configuration of a phi-mm model: the architecture, and nothing about how it is trained."""
 
-import copy
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -35,6 +34,8 @@ class PhiMMConfig(PreTrainedConfig):
             `transcript` puts Whisper's transcript into the prompt as ordinary text, and needs no
             training.
         transcript_generation_config: Whisper's generation settings, for the `transcript` route.
+        modality_adapters: the modalities (`image`, `audio`) that have a LoRA of their own, saved in
+            `adapters/<modality>`; rows of text alone use none. `None` for a model without them.
 
     Raises:
         StrictDataclassClassValidationError: where the parts do not fit together; the message names
@@ -76,6 +77,7 @@ class PhiMMConfig(PreTrainedConfig):
     audio_stack: int = 4
     audio_route: Literal["encoder", "transcript"] = "encoder"
     transcript_generation_config: dict | None = None
+    modality_adapters: list[Literal["image", "audio"]] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -135,11 +137,10 @@ class PhiMMConfig(PreTrainedConfig):
         """Placeholder tokens of one picture."""
         return (self.image_grid // self.image_pool) ** 2 * self.image_tokens_per_cell
 
-    def vision_tower_config(self) -> PreTrainedConfig:
-        """The vision config with the layers that are run: those up to `vision_feature_layer`."""
-        config = copy.deepcopy(self.vision_config)
-        config.num_hidden_layers += 1 + self.vision_feature_layer
-        return config
+    @property
+    def num_vision_layers(self) -> int:
+        """Layers of the vision tower that are run: those up to `vision_feature_layer`."""
+        return self.vision_config.num_hidden_layers + 1 + self.vision_feature_layer
 
 
 __all__ = ["PhiMMConfig"]

@@ -5,6 +5,7 @@ weights are handed to `PhiMMForConditionalGeneration` as one state dict, so that
 loader checks every key, draws the new projectors and quantises what is to be 4-bit.
 """
 
+import copy
 import logging
 from pathlib import Path
 
@@ -46,14 +47,6 @@ LORA_TARGETS = {
     "phi": _LAYER + r"(self_attn\.(q_proj|k_proj|v_proj|dense)|mlp\.(fc1|fc2))",
     "phi3": _LAYER + r"(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))",
 }
-# bitsandbytes matches names from their beginning: a bare "vision_tower" would skip nothing.
-FLOAT_MODULES = [
-    "model.vision_tower",
-    "model.audio_tower",
-    "model.multi_modal_projector",
-    "model.audio_projector",
-    "lm_head",
-]
 
 
 def assemble(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, PhiMMProcessor]:
@@ -75,20 +68,27 @@ def assemble(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, PhiMMProcesso
     return model, processor
 
 
-def join_parts(recipe: Recipe) -> tuple[PhiMMForConditionalGeneration, PhiMMProcessor]:
-    """The pretrained parts as one model in eval mode (language model in 4-bit for `qlora`)."""
+def join_parts(
+    recipe: Recipe, four_bit: bool = True
+) -> tuple[PhiMMForConditionalGeneration, PhiMMProcessor]:
+    """The pretrained parts as one model in eval mode (language model in 4-bit for `qlora`, unless
+    `four_bit` is false).
+    """
     spec = recipe.model
     text = load_text(spec.text, recipe.dtype)
     half = recipe.dtype == torch.float16 or recipe.training.get("fp16", False)
     if half and text.config.model_type == "phi":
-        raise ValueError("got float16, expected bfloat16 or float32: Phi-2's attention overflows")
+        raise ValueError(
+            "got float16, expected bfloat16 or float32: Phi-2 overflows in it, and only what a "
+            "finished model computes is kept from that, not its gradients"
+        )
     tokenizer = load_tokenizer(spec.text, text)
     vision = load_vision(spec.vision, recipe.dtype) if spec.vision else None
     audio = load_audio(spec.audio, recipe.dtype) if spec.audio else None
     config = _config(spec, text, vision, audio, tokenizer)
-    quantized = recipe.tune.language_model == "qlora"
+    quantized = four_bit and recipe.tune.language_model == "qlora"
     weights = _joined_weights(config, text, vision, audio)
-    settings = _quantization(recipe) if quantized else {}
+    settings = {"quantization_config": recipe.bitsandbytes_config()} if quantized else {}
     model = _from_weights(config, weights, dtype=recipe.dtype, **settings)
     for projector in projectors(model).values():
         projector.float()  # what learns stays fp32: a step of 2e-5 is lost in bf16
@@ -111,19 +111,27 @@ def adapt(
         model.lm_head.requires_grad_(True)
     if mode in ("frozen", "full"):
         return model
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        target_modules=LORA_TARGETS[model.config.text_config.model_type],
-        modules_to_save=list(projectors(model)),
-        **recipe.lora,
-    )
-    return get_peft_model(model, config)
+    targets = LORA_TARGETS[model.config.text_config.model_type]
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **recipe.lora)
+    if recipe.adapters == "shared":
+        config.modules_to_save = list(projectors(model))
+        return get_peft_model(model, config)
+    model.add_modality_adapters({name: copy.deepcopy(config) for name in _modalities(model)})
+    for projector in projectors(model).values():
+        projector.requires_grad_(True)  # PEFT has frozen all that is not LoRA
+    return model
 
 
 def projectors(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The projectors that this model has, by their name inside `model.model`."""
     children = dict(model.model.named_children())
     return {name: children[name] for name in PROJECTORS if name in children}
+
+
+def _modalities(model: PreTrainedModel) -> list[str]:
+    """The modalities that reach the language model through a projector, as image, audio."""
+    own = projectors(model)
+    return [m for m, name in zip(("image", "audio"), PROJECTORS, strict=True) if name in own]
 
 
 def projector_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -168,7 +176,8 @@ def load_run(run_dir: Path | str, merge: bool = False) -> tuple[PreTrainedModel,
         merge: give a plain PhiMMForConditionalGeneration in float. LoRA is then merged into the
             weights that training saw: for QLoRA the dequantised 4-bit weights, never the original
             ones, so that the merged model answers as the trained one did. The largest difference
-            of logits on a text probe is logged.
+            of logits on a text probe is logged. Adapters by modality are never merged: text has
+            none, and meets the language model's original weights.
 
     Raises:
         ValueError: `run_dir` holds no finished run.
@@ -182,10 +191,14 @@ def load_run(run_dir: Path | str, merge: bool = False) -> tuple[PreTrainedModel,
     if mode == "full":
         model = PhiMMForConditionalGeneration.from_pretrained(run_dir, dtype=recipe.dtype)
         return model.eval(), processor
-    model, _ = join_parts(recipe)
-    if mode == "frozen":
+    apart = recipe.adapters == "by_modality"
+    model, _ = join_parts(recipe, four_bit=not apart)
+    if mode == "frozen" or apart:
         load_projectors(model, run_dir)
-    else:
+    if apart:
+        model.config.modality_adapters = _modalities(model)
+        model.load_modality_adapters(run_dir)
+    elif mode != "frozen":
         model = PeftModel.from_pretrained(model, run_dir)
         if merge:
             model = _merged(model, run_dir, recipe, processor)
@@ -250,8 +263,7 @@ def _joined_weights(
     if not config.tie_word_embeddings:
         parts["lm_head"] = text.lm_head
     if vision is not None:
-        kept = config.vision_tower_config().num_hidden_layers
-        del vision.encoder.layers[kept:]
+        del vision.encoder.layers[config.num_vision_layers :]
         parts["model.vision_tower"] = vision
     if audio is not None:
         whole = config.audio_route == "transcript"
@@ -273,12 +285,6 @@ def _from_weights(
     new = tuple(f"model.{name}." for name in PROJECTORS)
     check_loaded(info, "the joined model", ignore_missing=new)
     return model
-
-
-def _quantization(recipe: Recipe) -> dict[str, object]:
-    settings = recipe.bitsandbytes_config()
-    settings.llm_int8_skip_modules = FLOAT_MODULES
-    return {"quantization_config": settings}
 
 
 def _keep_training_arithmetic(model: PhiMMForConditionalGeneration) -> None:

@@ -1,4 +1,4 @@
-"""What the repository holds beside its packages: train.py, tiny recipes, model card, licence."""
+"""What the repository holds beside its packages: train.py, tiny recipes, cards, licence."""
 
 import os
 import runpy
@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "train.py"
 TINY_RECIPES = ROOT / "recipes" / "tiny"
 MODEL_CARD = ROOT / "model_card.md"
+ADAPTER_CARD = ROOT / "adapter_card.md"
 LICENSE = ROOT / "LICENSE"
 
 

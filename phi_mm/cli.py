@@ -53,9 +53,23 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("out", type=Path, help="folder to write")
     verb.add_argument("--metrics", type=Path, help="metrics.json for the model card (the run's)")
 
+    verb = _verb(verbs, "merge", merge)
+    verb.add_argument("adapter", help="folder or Hub id of a PEFT adapter")
+    verb.add_argument("out", type=Path, help="folder to write")
+    verb.add_argument("--base", help="the artefact it was trained on (the one that it names)")
+
     verb = _verb(verbs, "verify", verify)
     verb.add_argument("artefact", type=Path)
     verb.add_argument("--run", type=Path, help="also compare its logits with this run's")
+
+    verb = _verb(verbs, "push", push)
+    verb.add_argument("folder", type=Path, metavar="DIR", help="exported folder (a run folder)")
+    verb.add_argument("--repo", required=True, metavar="NAME", help="[NAMESPACE/]NAME")
+    verb.add_argument("--private", action="store_true", help="make the repository private")
+    verb.add_argument("--revision", default="main", metavar="BRANCH", help="(%(default)s)")
+    verb.add_argument("--adapter-only", action="store_true", help="push the LoRA of a run folder")
+    verb.add_argument("--base", metavar="REPO", help="phi-mm repository that the LoRA adapts")
+    verb.add_argument("--for-vllm", action="store_true", help="AutoModel gives the base model")
 
     verb = _verb(verbs, "chat", chat)
     verb.add_argument("artefact", help="exported folder or Hub id")
@@ -155,6 +169,17 @@ def export(given: argparse.Namespace) -> None:
     print(f"{given.out} is complete and verified; next: phi-mm chat {given.out}")
 
 
+def merge(given: argparse.Namespace) -> None:
+    """Write an artefact with an adapter inside its weights, and verify it."""
+    from phi_mm.hub import merge as run
+
+    answered, difference = run(given.adapter, given.out, given.base)
+    for probe in answered:
+        print(f"{probe.probe.name}: {probe.answer!r}, logits within {probe.difference:.1e}")
+    print(f"merging changed logits by at most {difference:.1e} of the largest")
+    print(f"{given.out} is complete and verified; next: phi-mm chat {given.out}")
+
+
 def verify(given: argparse.Namespace) -> None:
     """Load an artefact in a fresh process and ask it."""
     from phi_mm.assembly import load_run
@@ -169,6 +194,28 @@ def verify(given: argparse.Namespace) -> None:
         compared = "" if model is None else f", logits within {probe.difference:.1e}"
         print(f"{probe.probe.name}: {probe.answer!r}{compared}")
     print(f"{given.artefact} loads and answers in a fresh process")
+
+
+def push(given: argparse.Namespace) -> None:
+    """Push an artefact to the Hub, and verify what is there."""
+    if given.adapter_only != (given.base is not None):
+        raise ValueError("got one of --adapter-only and --base, expected both or neither")
+    if given.adapter_only and given.for_vllm:
+        raise ValueError(
+            "got --adapter-only and --for-vllm, expected one: vLLM serves whole models"
+        )
+    from phi_mm.hub import Destination
+    from phi_mm.hub import push as run
+    from phi_mm.hub import push_adapter as run_adapter
+
+    destination = Destination(given.repo, given.revision, given.private)
+    if given.adapter_only:
+        pushed = run_adapter(given.folder, destination, given.base)
+    else:
+        pushed = run(given.folder, destination, given.for_vllm)
+    for probe, answer in pushed.answers:
+        print(f"{probe.name}: {answer!r}")
+    print(f"{pushed.repo} at {pushed.commit} was downloaded again and answers the same")
 
 
 def chat(given: argparse.Namespace) -> None:

@@ -97,6 +97,7 @@ class Recipe:
     training: dict[str, Any]
     features: Literal["live", "cached"] = "live"
     features_dir: str | None = None
+    adapters: Literal["shared", "by_modality"] = "shared"
     lora: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     evaluation: list[EvaluationTask] = field(default_factory=list)
@@ -210,9 +211,8 @@ def _build(tree: dict[str, Any]) -> Recipe:
     for key in ("train", "validation"):
         if key in data:
             data[key] = _sources(data[key], f"data.{key}")
-    features = tree.get("features", "live")
-    if features not in ("live", "cached"):
-        raise ValueError(f"got features={features!r}, expected live or cached")
+    features = _choice(tree, "features", "live", "cached")
+    adapters = _choice(tree, "adapters", "shared", "by_modality")
     return Recipe(
         model=_section(ModelSection, tree["model"], "model"),
         data=_section(DataSection, data, "data"),
@@ -220,6 +220,7 @@ def _build(tree: dict[str, Any]) -> Recipe:
         training=TRAINING_DEFAULTS | _library(TrainingArguments, tree["training"], "training"),
         features=features,
         features_dir=tree.get("features_dir"),
+        adapters=adapters,
         lora=_library(LoraConfig, tree.get("lora"), "lora"),
         quantization=_library(BitsAndBytesConfig, tree.get("quantization"), "quantization"),
         evaluation=[
@@ -227,6 +228,14 @@ def _build(tree: dict[str, Any]) -> Recipe:
             for i, task in enumerate(tree.get("evaluation") or [])
         ],
     )
+
+
+def _choice(tree: dict[str, Any], key: str, *allowed: str) -> str:
+    """A top-level word, the first of those allowed where it is absent."""
+    given = tree.get(key, allowed[0])
+    if given not in allowed:
+        raise ValueError(f"got {key}={given!r}, expected {' or '.join(allowed)}")
+    return given
 
 
 def _section(cls: type, given: Any, name: str) -> Any:
@@ -289,6 +298,11 @@ def _check_combination(recipe: Recipe) -> None:
         )
     if recipe.lora and mode not in ("lora", "qlora"):
         raise ValueError(f"section lora is given but tune.language_model is {mode}: add lora=null")
+    if recipe.adapters == "by_modality" and mode not in ("lora", "qlora"):
+        raise ValueError(
+            f"adapters is by_modality but tune.language_model is {mode}: set lora or qlora, or "
+            "adapters=shared"
+        )
     for owned in ("target_modules", "modules_to_save"):
         if owned in recipe.lora:
             raise ValueError(f"lora.{owned} is chosen by the language model's type: remove it")
@@ -299,5 +313,27 @@ def _check_combination(recipe: Recipe) -> None:
         )
     if recipe.training.get("label_smoothing_factor"):
         raise ValueError("training.label_smoothing_factor: the Trainer would not shift the labels")
+    _check_hub(recipe.training)
     if recipe.features_dir and recipe.features == "live":
         raise ValueError("features_dir is given but features is live: set features: cached")
+
+
+def _check_hub(training: dict[str, Any]) -> None:
+    given = [key for key in training if key.startswith("hub_") and training[key] is not None]
+    if "hub_token" in given:
+        raise ValueError(
+            "training.hub_token would be written to recipe.yaml: run `hf auth login`, or set "
+            "HF_TOKEN"
+        )
+    if not training.get("push_to_hub"):
+        if given:
+            raise ValueError(f"training.{given[0]} is given without push_to_hub: add it")
+        return
+    if not training.get("hub_model_id"):
+        raise ValueError("training.push_to_hub is given without hub_model_id: name the repository")
+    strategy = training.get("hub_strategy", "every_save")
+    if strategy not in ("end", "every_save"):
+        raise ValueError(
+            f"got training.hub_strategy={strategy}, expected end or every_save: whole checkpoints "
+            "hold optimizer state, which is nothing to publish"
+        )

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.audio_utils import load_audio
 from transformers.image_utils import load_image
+from transformers.processing_utils import MultiModalData
 
 try:
     import librosa
@@ -51,7 +52,8 @@ class PhiMMProcessor(ProcessorMixin):
     `{"type": "image", "image": "cat.png"}`, `{"type": "audio", "audio": "question.wav"}`.
 
     Args:
-        image_processor: CLIP's; `None` for a model without images.
+        image_processor: CLIP's; `None` for a model without images, which then has no such
+            attribute.
         feature_extractor: Whisper's; `None` for a model without audio.
         tokenizer: Phi's, with the placeholder tokens in its vocabulary.
         transcript_tokenizer: Whisper's, for the `transcript` route only.
@@ -85,7 +87,9 @@ class PhiMMProcessor(ProcessorMixin):
         for name, part in zip(SUB_PROCESSORS, given, strict=True):
             if part is not None:
                 self.check_argument_for_proper_class(name, part)
-            setattr(self, name, part)
+            # vLLM takes whatever has this attribute for a processor of pictures.
+            if part is not None or name != "image_processor":
+                setattr(self, name, part)
 
     @classmethod
     def _get_arguments_from_pretrained(
@@ -119,7 +123,7 @@ class PhiMMProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         names = list(self.tokenizer.model_input_names)
-        if self.image_processor is not None:
+        if "image_processor" in self.get_attributes():
             names += ["pixel_values", "image_embeds"]
         if self.feature_extractor is not None:
             names += ["input_features", "input_features_mask", "audio_embeds", "audio_embeds_mask"]
@@ -203,7 +207,7 @@ class PhiMMProcessor(ProcessorMixin):
         return images, text, videos, audio
 
     def _require(self, sub_processor: str, what: str, tower: str):
-        if getattr(self, sub_processor) is None:
+        if sub_processor not in self.get_attributes():
             raise ValueError(
                 f"got {what}, but this model has no {tower}: leave them out, or use a model that "
                 "has one"
@@ -292,6 +296,19 @@ class PhiMMProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one picture."""
         return self.image_token * self.num_image_tokens
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """What vLLM reserves: the same number of tokens, and one row of pixels, for any picture.
+
+        Args:
+            image_sizes: (height, width) of each picture.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(
+            num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count
+        )
 
     # ---- audio
 

@@ -1,10 +1,15 @@
 """Tiny random models and processors for all tests: no download, no training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
+import huggingface_hub.hf_api
 import pytest
 import torch
+import transformers.utils.hub
+from conformance_table import Table
+from loopback import LoopbackHub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
@@ -22,6 +27,17 @@ from processing import PhiMMProcessor, chat_template_for
 SAMPLES = Path(__file__).parents[1] / "../shared/data"
 BYTES = len(pre_tokenizers.ByteLevel.alphabet())  # 256: the tokenizer below has one token a byte
 VOCABULARY = 300  # leaves spare rows after bytes and special tokens, as Phi-2 has
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    words = "write the table of conformance to this file"
+    parser.addoption("--write-table", metavar="PATH", type=Path, help=words)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--write-table")
+    if path is not None:
+        config.pluginmanager.register(Table(path))
 
 
 @pytest.fixture(scope="session")
@@ -150,3 +166,47 @@ def make_phi_mm() -> Callable[..., tuple[PhiMMForConditionalGeneration, PhiMMPro
 def phi_mm(request) -> tuple[PhiMMForConditionalGeneration, PhiMMProcessor]:
     """A model and its processor, once for each family of language model."""
     return build(request.param)
+
+
+@pytest.fixture(scope="session")
+def loopback() -> Iterator[LoopbackHub]:
+    """A Hub on the loopback, one for the session; it stays empty until something is pushed."""
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def login(
+    loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str | None], None]:
+    """Points this process, and those that it starts, at the loopback Hub with an empty cache.
+
+    Call it with a token, or with None for nobody. huggingface_hub reads its settings when it is
+    imported, so they are set in its constants as well as in the environment.
+    """
+    settings = {
+        "ENDPOINT": loopback.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": loopback.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,  # the loopback Hub does not speak it
+        "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    # These two keep the endpoint that they began with.
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", loopback.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_ENDPOINT", loopback.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+
+    def as_user(token: str | None) -> None:
+        if token is None:
+            monkeypatch.delenv("HF_TOKEN", raising=False)
+        else:
+            monkeypatch.setenv("HF_TOKEN", token)
+
+    return as_user

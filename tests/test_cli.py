@@ -20,6 +20,8 @@ HEAVY = ("torch", "transformers", "datasets", "numpy")
         "evaluate runs/x --out y --split val --limit 3 --batch-size 2",
         "export runs/x y --metrics m.json",
         "verify y --run runs/x",
+        "push y --repo ann/x --private --revision v1 --for-vllm",
+        "push runs/x --repo x --adapter-only --base ann/x",
         "chat y --max-new-tokens 5",
         "data check rows.json --processor y --media-root m --max-length 9",
         "tiny build-bases --only clip --out c --work w --seed 1",

@@ -14,6 +14,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "model_card.md",
+    ROOT / "adapter_card.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 MADE_BY_COMMANDS = ("runs/", "my-")  # what a reader's own commands leave behind

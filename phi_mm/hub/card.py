@@ -1,4 +1,4 @@
-"""The model card: model_card.md filled in with what the run is and what was measured of it."""
+"""The cards: model_card.md and adapter_card.md filled in with what a run is and has measured."""
 
 import json
 import subprocess
@@ -10,17 +10,25 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
-from phi_mm.checkout import MODEL_CARD
+from phi_mm.checkout import ADAPTER_CARD, MODEL_CARD
 from phi_mm.evaluation.page import CONTROL_NAMES, task_name
 from phi_mm.evaluation.report import METRIC_NAMES, percent
 from phi_mm.evaluation.tasks import BY_A_BASE
 from phi_mm.recipes import Recipe
 
+# Whether it sees and whether it hears: the pipeline tag of the Hub, and further tags.
+TASKS = {
+    (True, False): ("image-text-to-text",),
+    (False, True): ("audio-text-to-text",),
+    (True, True): ("any-to-any", "image-text-to-text", "audio-text-to-text"),
+}
 TUNING = {
     "frozen": "Only the projectors were trained.",
     "lora": "LoRA taught the language model to use them, and was merged into its weights.",
     "qlora": "LoRA taught the language model, in 4-bit, to use them, and was merged into its "
     "dequantised weights.",
+    "by_modality": "Two LoRA taught it to use them, one for pictures and one for recordings, kept "
+    "apart in `adapters/`: a question in text alone meets the language model's own weights.",
     "full": "The whole language model was trained with them.",
 }
 
@@ -34,16 +42,9 @@ def write_card(folder: Path, recipe: Recipe, model: PreTrainedModel, metrics: Pa
         model: the merged model, whose parts are counted.
         metrics: metrics.json of the run; without it the card says that nothing was measured.
     """
-    rows = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else []
-    measured = date.fromtimestamp(metrics.stat().st_mtime).isoformat() if rows else None
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(MODEL_CARD.parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    text = environment.get_template(MODEL_CARD.name).render(
+    rows, measured = _measured(metrics)
+    text = _fill(
+        MODEL_CARD,
         front_matter=_front_matter(recipe, rows),
         parts=_parts(recipe, model),
         millions=f"{_millions(model.parameters()):.1f}",
@@ -53,7 +54,7 @@ def write_card(folder: Path, recipe: Recipe, model: PreTrainedModel, metrics: Pa
         transcribes=model.config.audio_route == "transcript",
         image_tokens=model.config.num_image_tokens if model.config.vision_config else 0,
         audio_ms=20 * model.config.audio_stack,
-        tuning=TUNING[recipe.tune.language_model],
+        tuning=TUNING[_tuning(recipe)],
         seed=recipe.training.get("seed", 42),
         results=_results(rows),
         measured=measured,
@@ -62,11 +63,64 @@ def write_card(folder: Path, recipe: Recipe, model: PreTrainedModel, metrics: Pa
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _front_matter(recipe: Recipe, rows: list[dict]) -> str:
+def _tuning(recipe: Recipe) -> str:
+    return "by_modality" if recipe.adapters == "by_modality" else recipe.tune.language_model
+
+
+def write_adapter_card(folder: Path, recipe: Recipe, base: str | None, metrics: Path) -> None:
+    """Writes folder/README.md for what a run has trained without the parts that it left alone.
+
+    Args:
+        folder: holds an adapter, or projectors alone.
+        recipe: of the run.
+        base: repository of the model that the adapter adapts; None where there is none.
+        metrics: metrics.json of the run, if it was evaluated.
+    """
+    rows, measured = _measured(metrics)
+    adapter = recipe.tune.language_model in ("lora", "qlora")
+    origins = {part: _origin(name) for part, name in _bases(recipe).items()}
+    text = _fill(
+        ADAPTER_CARD,
+        front_matter=_front_matter(recipe, rows, base, adapter),
+        adapter=adapter,
+        base=base,
+        parts=origins,
+        in_4_bit=recipe.tune.language_model == "qlora",
+        seed=recipe.training.get("seed", 42),
+        results=_results(rows),
+        measured=measured,
+        commit=_commit(),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _measured(metrics: Path) -> tuple[list[dict], str | None]:
+    """The rows of a metrics.json and the day they are of; none where nothing was measured."""
+    if not metrics.is_file():
+        return [], None
+    day = date.fromtimestamp(metrics.stat().st_mtime).isoformat()
+    return json.loads(metrics.read_text(encoding="utf-8")), day
+
+
+def _fill(template: Path, **fields: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template.name).render(**fields)
+
+
+def _front_matter(
+    recipe: Recipe, rows: list[dict], base: str | None = None, adapter: bool = False
+) -> str:
     """What the Hub reads: YAML between dashes, with the measured numbers as a model index."""
+    tasks = TASKS[recipe.model.vision is not None, recipe.model.audio is not None]
     results = [
         EvalResult(
-            task_type="any-to-any",
+            task_type=tasks[0],
             dataset_type=row["task"],
             dataset_name=f"{task_name(row['task'])} (held out)",
             metric_type=row["metric"],
@@ -75,24 +129,37 @@ def _front_matter(recipe: Recipe, rows: list[dict]) -> str:
         for row in rows
         if row["control"] is None and row["task"] not in BY_A_BASE
     ]
-    bases = [name for name in _bases(recipe).values() if not Path(name).exists()]
+    bases = base or [name for name in _bases(recipe).values() if not Path(name).exists()]
     data = ModelCardData(
         license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="any-to-any",
-        tags=["phi", "multimodal", "image-text-to-text", "audio-text-to-text", "custom_code"],
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=tasks[0],
+        tags=["phi", "multimodal", *tasks[1:], "custom_code"],
         language="en",
         base_model=bases or None,
+        base_model_relation="adapter" if bases and adapter else None,
+        datasets=_datasets(recipe) or None,
         model_name="phi-mm" if results else None,
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---"
 
 
+def _datasets(recipe: Recipe) -> list[str]:
+    """Training data that the Hub has; local files mean nothing to others."""
+    paths = {str(source["path"]) for source in recipe.data.train}
+    return sorted(p for p in paths if not p.endswith((".json", ".jsonl")) and not Path(p).exists())
+
+
 def _bases(recipe: Recipe) -> dict[str, str]:
     spec = recipe.model
     named = {"language model": spec.text, "vision tower": spec.vision, "audio tower": spec.audio}
     return {part: name for part, name in named.items() if name}
+
+
+def _origin(name: str) -> str:
+    """A base as others may read of it: a local folder by its name alone."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def _parts(recipe: Recipe, model: PreTrainedModel) -> list[tuple[str, str, str]]:
@@ -105,9 +172,8 @@ def _parts(recipe: Recipe, model: PreTrainedModel) -> list[tuple[str, str, str]]
     }
     rows = []
     for part, name in _bases(recipe).items():
-        origin = Path(name).name if Path(name).exists() else name
         weights = [w for module in modules[part] for w in module.parameters()]
-        rows.append((part, origin, f"{_millions(weights):.2f}"))
+        rows.append((part, _origin(name), f"{_millions(weights):.2f}"))
     for part, module in (
         ("image projector", inner.multi_modal_projector),
         ("audio projector", inner.audio_projector),

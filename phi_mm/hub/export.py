@@ -5,6 +5,8 @@ phi-mm export RUN DIR
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -31,9 +33,6 @@ AUTO_CLASSES = (
 def export(run: Path, out: Path, metrics: Path | None = None) -> list[Answered]:
     """Writes the run's artefact to `out`, and proves in a fresh process that it answers alike.
 
-    Everything happens in a hidden folder beside `out` that gets its name at the very end, so that
-    what is called `out` has been verified.
-
     Args:
         run: a run folder.
         out: a folder that does not exist yet.
@@ -46,37 +45,53 @@ def export(run: Path, out: Path, metrics: Path | None = None) -> list[Answered]:
         ValueError: `out` exists, `run` is no finished run, a local path would be published, or the
             artefact does not do what the run does.
     """
+    with written_whole(out) as part:
+        model, processor = load_run(run, merge=True)
+        model = model.cpu()  # where the fresh process will compute too
+        recipe = load_recipe(run / "recipe.yaml")
+        save_artefact(model, processor, part)
+        write_card(part, recipe, model, metrics or run / "metrics.json")
+        check_paths(part, recipe)
+        return verify(part, processor, model)
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that gets its name at the very end.
+
+    So what is called `out` is complete and has been verified; a failure leaves nothing.
+
+    Raises:
+        ValueError: `out` exists.
+    """
     if out.exists():
         raise ValueError(f"got {out}, which exists: delete it, or give another folder")
-    model, processor = load_run(run, merge=True)
-    model = model.cpu()  # where the fresh process will compute too
-    recipe = load_recipe(run / "recipe.yaml")
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # an earlier attempt that was killed
     try:
-        save_artefact(model, processor, part)
-        write_card(part, recipe, model, metrics or run / "metrics.json")
-        shutil.copy(LICENSE, part / "LICENSE")
-        check_paths(part, recipe)
-        answered = verify(part, processor, model)
+        yield part
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return answered
 
 
 def save_artefact(model: PreTrainedModel, processor: PhiMMProcessor, folder: Path) -> None:
-    """Weights, configs, tokenizer, chat template and the code that reads them."""
+    """Weights, configs, tokenizer, chat template, licence and the code that reads them."""
+    register_code(model, processor)
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    drop_origin(folder)
+    shutil.copy(LICENSE, folder / "LICENSE")
+
+
+def register_code(model: PreTrainedModel, processor: PhiMMProcessor) -> None:
+    """From now on, whatever `save_pretrained` writes of these two holds the code that reads it."""
     PhiMMConfig.register_for_auto_class("AutoConfig")
     type(processor).register_for_auto_class("AutoProcessor")
     type(model).register_for_auto_class("AutoModel")
     name = f"{type(model).__module__.rpartition('.')[2]}.{type(model).__name__}"
     model.config.auto_map = dict.fromkeys(AUTO_CLASSES, name)
-    folder.mkdir(parents=True)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    for name in ("config.json", "tokenizer_config.json"):
-        _drop_origin(folder / name)
 
 
 def check_paths(folder: Path, recipe: Recipe) -> None:
@@ -97,13 +112,14 @@ def check_paths(folder: Path, recipe: Recipe) -> None:
                 raise ValueError(f"got the local path {name} in {path.name}, expected none")
 
 
-def _drop_origin(path: Path) -> None:
-    """Takes the notes named in ORIGIN out of a json file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    cleaned = _without(content, ORIGIN)
-    if cleaned != content:
-        text = json.dumps(cleaned, indent=2, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+def drop_origin(folder: Path) -> None:
+    """Takes the notes named in ORIGIN out of the configs of model and tokenizer."""
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        cleaned = _without(content, ORIGIN)
+        if cleaned != content:
+            text = json.dumps(cleaned, indent=2, ensure_ascii=False)
+            path.write_text(text + "\n", encoding="utf-8")
 
 
 def _without(tree: object, keys: tuple[str, ...]) -> object:

@@ -2,8 +2,10 @@
 
 python -I phi_mm/hub/fresh.py REQUEST.json, run by `phi_mm.hub.verify` from an empty folder.
 
-REQUEST: {"artefact": folder, "probes": [{"messages", "max_new_tokens"}], "logits": bool,
-"out": folder}.
+REQUEST: {"artefact": folder or repository, "revision": commit or null, "auto_class": name of one,
+"base": folder or repository that the artefact is an adapter of, or null, "quantization": how the
+adapter's base was quantised, or null, "probes": [{"messages", "max_new_tokens"}], "logits": bool,
+"out": folder}. A token for private repositories stands in the environment, HF_TOKEN.
 Writes out/answers.json and, where asked for, out/logits.safetensors.
 """
 
@@ -13,23 +15,49 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModel,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 OURS = ("modeling_phi_mm", "processing", "phi_mm")
+AUTO_CLASSES = {c.__name__: c for c in (AutoModel, AutoModelForMultimodalLM)}
 
 
 def main() -> None:
     for package in OURS:  # where they are installed, they must not help either
         sys.modules[package] = None
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    artefact, out = request["artefact"], Path(request["out"])
-    model = AutoModel.from_pretrained(artefact, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(artefact, trust_remote_code=True)
+    out = Path(request["out"])
+    model, processor = load(request)
     results = [respond(model, processor, **probe) for probe in request["probes"]]
     if request["logits"]:
         rows = {str(number): logits for number, (_, logits) in enumerate(results)}
         save_file(rows, out / "logits.safetensors")
     (out / "answers.json").write_text(json.dumps([text for text, _ in results]), encoding="utf-8")
+
+
+def load(request: dict) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The artefact's model in eval mode, on top of its base where it is an adapter."""
+    auto_class = AUTO_CLASSES[request["auto_class"]]
+    place = {"revision": request["revision"], "trust_remote_code": True}
+    processor = AutoProcessor.from_pretrained(request["artefact"], **place)
+    if request["base"] is None:
+        return auto_class.from_pretrained(request["artefact"], **place).eval(), processor
+    settings, quantization = {}, request["quantization"]
+    if quantization is not None:
+        settings["quantization_config"] = BitsAndBytesConfig(**quantization)
+    model = auto_class.from_pretrained(request["base"], trust_remote_code=True, **settings)
+    if quantization is not None:
+        model = model.dequantize()  # the weights that training saw, in float arithmetic
+    from peft import PeftModel  # only adapters need it
+
+    adapted = PeftModel.from_pretrained(model, request["artefact"], revision=request["revision"])
+    return adapted.eval(), processor
 
 
 def respond(

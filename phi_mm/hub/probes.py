@@ -32,7 +32,8 @@ def make_probes(folder: Path, processor: PhiMMProcessor) -> list[Probe]:
     picture, question = folder / "picture.png", _text("what do you see?")
     image = {"type": "image", "image": str(picture)}
     probes = [Probe("typed", _user(question))]
-    if processor.image_processor is not None:
+    sees = hasattr(processor, "image_processor")
+    if sees:
         _draw(picture)
         probes.append(Probe("picture", _user(image, question)))
     if processor.feature_extractor is not None:
@@ -41,7 +42,7 @@ def make_probes(folder: Path, processor: PhiMMProcessor) -> list[Probe]:
         long = _record(folder / "long.wav", window + window // 4, seed=1)
         probes.append(Probe("spoken", _user(short)))
         probes.append(Probe("spoken, long", _user(long, question)))
-        if processor.image_processor is not None:
+        if sees:
             probes.append(Probe("spoken, about a picture", _user(image, short)))
     return probes
 

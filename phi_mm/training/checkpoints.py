@@ -11,7 +11,7 @@ from phi_mm.recipes import Recipe, load_recipe, save_recipe
 logger = logging.getLogger(__name__)
 
 # Sections whose change makes another run; `training` may change (more steps, other logging).
-SAME_RUN = ("model", "data", "tune", "lora", "quantization")
+SAME_RUN = ("model", "data", "tune", "adapters", "lora", "quantization")
 
 
 def begin_or_resume(recipe: Recipe) -> Path | None:

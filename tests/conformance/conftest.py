@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import PreTrainedModel
+from talk import Talk
+from transformers import BatchFeature, PreTrainedModel
 
 from phi_mm.hub.export import save_artefact
 from processing import PhiMMProcessor
@@ -72,6 +73,39 @@ def case(
     folder = tmp_path_factory.mktemp("artefacts") / f"{family}-{parts}"
     save_artefact(*build(), folder)
     return Case(family, parts, folder, build)
+
+
+@pytest.fixture(scope="session")
+def talk(case: Case) -> Talk:
+    """The artefact's model, a prompt, and a batch with a typed prompt and other media."""
+    model, processor = case.build()
+    tone = 0.5 * np.sin(np.arange(9000) / 10).astype(np.float32)
+    others = case.messages(seed=2)
+    for part in others[0]["content"]:
+        part |= {"audio": tone} if part["type"] == "audio" else {}
+
+    def read(*conversations: list[dict]) -> BatchFeature:
+        return processor.apply_chat_template(
+            list(conversations),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    typed = [{"role": "user", "content": "hello you"}]
+    batch = read(case.messages(), typed, others)
+    return Talk(model, processor, read(case.messages()), batch)
+
+
+@pytest.fixture(scope="session")
+def greedy(talk: Talk) -> list[list[int]]:
+    return talk.say()
+
+
+@pytest.fixture(scope="session")
+def greedy_three(talk: Talk) -> list[list[int]]:
+    return talk.say(talk.three)
 
 
 @pytest.fixture

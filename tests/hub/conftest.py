@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,8 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from phi_mm.checkout import LICENSE
 from phi_mm.hub import export
+from phi_mm.hub.card import write_card
+from phi_mm.hub.export import save_artefact
 from phi_mm.hub.verify import Answered
+from phi_mm.recipes import load_recipe
 
 ROWS = [
     {"task": "image_qa", "metric": "exact_match", "value": 0.9375, "n": 400, "low": 0.909,
@@ -66,6 +71,19 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """The run's artefact, written and verified by the exporter, and its answers."""
     out = tmp_path_factory.mktemp("hub") / "artefact"
     return out, export(run, out)
+
+
+@pytest.fixture(scope="module")
+def artefact(run: Path, make_phi_mm: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the exporter writes of the run, in several shards, without its fresh process."""
+    folder = tmp_path_factory.mktemp("sharded") / "artefact"
+    model, processor = make_phi_mm()
+    save_artefact(model, processor, folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    write_card(folder, load_recipe(run / "recipe.yaml"), model, run / "metrics.json")
+    shutil.copy(LICENSE, folder / "LICENSE")
+    return folder
 
 
 @pytest.fixture(scope="module")

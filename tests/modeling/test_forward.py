@@ -170,7 +170,7 @@ def test_absent_towers_are_neither_built_nor_saved(make_phi_mm, tmp_path):
         saved = json.loads((tmp_path / "processor_config.json").read_text())
         assert ("image_processor" in saved, "feature_extractor" in saved) == (vision, audio)
         again = type(processor).from_pretrained(tmp_path)
-        assert (again.image_processor is not None, again.feature_extractor is not None) == (
+        assert (hasattr(again, "image_processor"), again.feature_extractor is not None) == (
             vision,
             audio,
         )

@@ -1,0 +1,81 @@
+"""Whether a repository of the Hub can be pushed to, asked before anything expensive is done."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+
+def check_destination(repo: str, private: bool = False) -> str:
+    """The repository's full name, NAMESPACE/NAME, after asking who we are and what is there.
+
+    Args:
+        repo: NAME or NAMESPACE/NAME; without a namespace it is the user's own.
+        private: whether it is meant to be private.
+
+    Raises:
+        ValueError: a name that the Hub does not take, nobody logged in, a token that may not write
+            there, a public repository where a private one is asked for, or no Hub to be reached.
+    """
+    validate_repo_id(repo)
+    if get_token() is None:
+        raise ValueError(
+            f"got no access token for {repo}: run `hf auth login`, or set HF_TOKEN to one that may "
+            "write"
+        )
+    api = HfApi()
+    with told(f"cannot push to {repo}"):
+        me = api.whoami()
+        if me["auth"].get("accessToken", {}).get("role") == "read":
+            raise ValueError(
+                f"got an access token of {me['name']} that may only read, expected one that may "
+                "write: make one at the Hub's settings"
+            )
+        name = repo if "/" in repo else f"{me['name']}/{repo}"
+        owners = [me["name"], *(org["name"] for org in me["orgs"] if not _only_reads(org))]
+        if name.split("/")[0] not in owners:
+            raise ValueError(
+                f"got {name}, expected a repository of one of {', '.join(owners)}: the access "
+                "token may write nowhere else"
+            )
+        if private and _is_public(api, name):
+            raise ValueError(
+                f"got {name}, which exists and is public, for a private repository: make it "
+                "private in its settings, or give another name"
+            )
+    return name
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turns an error of the Hub or of the way to it into one sentence, raised as ValueError."""
+    try:
+        yield
+    except (HTTPError, OfflineModeIsEnabled) as error:  # HTTPError is the HTTP library's own
+        raise ValueError(f"{what}: {_words(error)}") from error
+    except RuntimeError as error:  # an upload's, around either of the above
+        raise ValueError(f"{what}: {_words(error.__cause__ or error)}") from error
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, HfHubHTTPError):
+        return error.server_message or str(error).strip().splitlines()[0]
+    return f"{error} ({HfApi().endpoint})"
+
+
+def _only_reads(organisation: dict) -> bool:
+    return organisation.get("roleInOrg") == "read"
+
+
+def _is_public(api: HfApi, repo: str) -> bool:
+    try:
+        return not api.model_info(repo).private
+    except RepositoryNotFoundError:
+        return False
