@@ -3,6 +3,7 @@
 import _ctypes
 import contextlib
 import ctypes
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -133,7 +134,10 @@ class Speaker:
                         f"got {rate} from espeak_Initialize with data at {self._data}, expected "
                         f"the sample rate {_ESPEAK_RATE}, do reinstall espeakng-loader"
                     )
-                library.espeak_ng_SetRandSeed(1)  # breathy voices draw from it; else the clock is
+                # Breathy voices draw from the library's generator, which the clock would seed, and
+                # some of them from C's, which outlives the library.
+                library.espeak_ng_SetRandSeed(1)
+                ctypes.CDLL("ucrtbase" if os.name == "nt" else None).srand(1)
                 yield library
             finally:
                 library.espeak_Terminate()

@@ -10,7 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from modeling_phi_mm import PhiMMForConditionalGeneration, PhiMMModel
 from phi_mm.assembly import LORA_TARGETS, projectors
@@ -316,6 +316,15 @@ def test_base_model_by_modality_is_refused(case, tmp_path: Path, refused) -> Non
     model = PhiMMModel.from_pretrained(tmp_path / "saved").eval()
     with pytest.raises(ValueError, match="load it by PhiMMForConditionalGeneration") as raised:
         model(**inputs_of(case, [case.messages()]))
+    refused(raised.value)
+
+
+@way("adapters by modality: assisted by a small Phi")
+def test_assistant_by_modality_is_refused(case, refused) -> None:
+    model = by_modality(case)
+    assistant = AutoModelForCausalLM.from_config(model.config.text_config)
+    with pytest.raises(ValueError, match="got an assistant_model and adapters by") as raised:
+        model.generate(**inputs_of(case, [case.messages()]), assistant_model=assistant)
     refused(raised.value)
 
 

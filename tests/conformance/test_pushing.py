@@ -4,6 +4,7 @@ The fresh processes by which `phi-mm push` proves itself are tried in tests/hub.
 its upload are the same, and what comes back is loaded in this process.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -17,7 +18,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from loopback import LoopbackHub
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForMultimodalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForMultimodalLM, PreTrainedModel
 
 from modeling_phi_mm import PhiMMForConditionalGeneration
 from phi_mm.assembly import LORA_TARGETS, projectors
@@ -25,6 +26,7 @@ from phi_mm.checkout import LICENSE
 from phi_mm.hub.adapter import check_base, write_adapter
 from phi_mm.hub.card import write_card
 from phi_mm.hub.destination import check_destination
+from phi_mm.hub.export import drop_origin, register_code
 from phi_mm.hub.folder import check_folder
 from phi_mm.hub.push import Destination, push, upload
 from phi_mm.hub.vllm import check_vllm, write_vllm_config
@@ -71,10 +73,10 @@ def write_recipe(case, folder: Path, tune: str) -> Path:
 @pytest.fixture
 def folder(case, run: Path, tmp_path: Path) -> Path:
     """The case's artefact with card and licence, as `phi-mm export` leaves it."""
-    copy = Path(shutil.copytree(case.artefact, tmp_path / "artefact"))
-    write_card(copy, load_recipe(run / "recipe.yaml"), case.build()[0], run / "metrics.json")
-    shutil.copy(LICENSE, copy / "LICENSE")
-    return copy
+    folder = Path(shutil.copytree(case.artefact, tmp_path / "artefact"))
+    write_card(folder, load_recipe(run / "recipe.yaml"), case.build()[0], run / "metrics.json")
+    shutil.copy(LICENSE, folder / "LICENSE")
+    return folder
 
 
 def pushed(folder: Path, name: str, **settings: object) -> tuple[str, str]:
@@ -167,6 +169,25 @@ def test_at_a_revision(case, folder: Path, user: str, loopback: LoopbackHub) -> 
     assert loopback.files(repo, "main") == {}
     assert_answers_alike(case, repo, revision="v1/trial")
     assert_answers_alike(case, repo, revision=commit)
+
+
+@way("Push", "adapters by modality, loaded by `AutoModel` alone at a commit")
+def test_adapters_by_modality(case, folder: Path, user: str, login: Callable) -> None:
+    model, processor = case.build()
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=LORA_TARGETS[case.family])
+    names = ["image"] * case.sees + ["audio"] * case.hears
+    model.add_modality_adapters({name: copy.deepcopy(config) for name in names})
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    register_code(model, processor)
+    model.save_pretrained(folder)
+    drop_origin(folder)
+    repo, commit = pushed(folder, f"apart-{case.artefact.name}")
+    login(None)
+    again = AutoModel.from_pretrained(repo, revision=commit, trust_remote_code=True)
+    assert torch.equal(logits(case, again, processor), logits(case, model, processor))
+    assert not torch.equal(logits(case, again, processor), logits(case, *case.build()))
 
 
 @way("Push", "`--for-vllm`")
