@@ -23,7 +23,11 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from phi_mm.assembly import assemble
+from phi_mm.datasets import mixture
 from phi_mm.recipes import Recipe, load_recipe
+from phi_mm.training import PhiMMTrainer
+from processing import PhiMMCollator
 
 WORDS = "what colour is the star ? red green blue say again how many one two hello world".split()
 VOCABULARY_ROWS = 320  # 256 bytes and a few tokens: the rest is spare
@@ -188,6 +192,27 @@ def recipe(bases: dict[str, Path], rows: Path, tmp_path: Path):
             lines["lora"] = {"r": 4, "lora_alpha": 8}
         path.write_text(json.dumps(lines))  # JSON is YAML
         return load_recipe(path, overrides)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trainer():
+    """Function that gives a trainer as train.py makes it, without the cache."""
+
+    def make(recipe: Recipe, **settings: object) -> PhiMMTrainer:
+        arguments = recipe.training_arguments()
+        torch.manual_seed(arguments.seed)
+        model, processor = assemble(recipe)
+        return PhiMMTrainer(
+            model=model,
+            args=arguments,
+            data_collator=PhiMMCollator(processor, None, recipe.data.max_length),
+            train_dataset=mixture(recipe.data.train, arguments.seed),
+            processing_class=processor,
+            projector_learning_rate=recipe.tune.projector_learning_rate,
+            **settings,
+        )
 
     return make
 

@@ -23,27 +23,11 @@ APART = "adapters=by_modality"
 PHIS = pytest.mark.parametrize("text", ["phi", "phi3"])
 
 
-def trainer(recipe: Recipe) -> PhiMMTrainer:
-    arguments = recipe.training_arguments()
-    torch.manual_seed(arguments.seed)
-    model, processor = assemble(recipe)
-    return PhiMMTrainer(
-        model=model,
-        args=arguments,
-        data_collator=PhiMMCollator(processor, None, recipe.data.max_length),
-        train_dataset=mixture(recipe.data.train, arguments.seed),
-        processing_class=processor,
-        projector_learning_rate=recipe.tune.projector_learning_rate,
-    )
-
-
-def train(recipe: Recipe, checkpoint: Path | None = None) -> PhiMMForConditionalGeneration:
+def train(runner: PhiMMTrainer, recipe: Recipe, checkpoint: Path | None = None) -> None:
     """Trains into the recipe's run folder, as train.py does."""
-    runner = trainer(recipe)
     runner.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     runner.save_model()
     save_recipe(recipe, recipe.run_dir / "recipe.yaml")
-    return runner.model
 
 
 def saved(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -86,12 +70,12 @@ def test_one_tower_has_one_adapter(recipe):
     assert model.config.modality_adapters == ["image"]
 
 
-def test_a_resumed_run_ends_as_a_straight_one(recipe, tmp_path: Path):
+def test_a_resumed_run_ends_as_a_straight_one(trainer, recipe, tmp_path: Path):
     steps = ("training.save_steps=2", "lora.lora_dropout=0.1")
     straight = recipe(APART, *steps, f"training.output_dir={tmp_path / 'straight'}")
-    train(straight)
+    train(trainer(straight), straight)
     resumed = recipe(APART, *steps, f"training.output_dir={tmp_path / 'resumed'}")
-    train(resumed, straight.run_dir / "checkpoint-2")
+    train(trainer(resumed), resumed, straight.run_dir / "checkpoint-2")
     first, second = saved(straight.run_dir), saved(resumed.run_dir)
     assert first.keys() == second.keys()
     for name, value in first.items():
@@ -100,11 +84,11 @@ def test_a_resumed_run_ends_as_a_straight_one(recipe, tmp_path: Path):
 
 @PHIS
 def test_the_artefact_answers_text_as_the_base_does(
-    recipe, bases: dict[str, Path], text: str, tmp_path: Path
+    trainer, recipe, bases: dict[str, Path], text: str, tmp_path: Path
 ):
     """Bit by bit, alone and in a batch with rows that do use the adapters."""
     settings = recipe(APART, "training.learning_rate=0.05", text=text, tune="lora")
-    train(settings)
+    train(trainer(settings), settings)
     folder = tmp_path / "artefact"
     answered = export(settings.run_dir, folder)
     assert max(row.difference for row in answered) <= 1e-4

@@ -11,13 +11,11 @@ from loopback import LoopbackHub
 from peft import PeftModel
 from transformers import AutoModelForMultimodalLM
 
-from phi_mm.assembly import assemble, join_parts, load_run
+from phi_mm.assembly import join_parts, load_run
 from phi_mm.cli import main
-from phi_mm.datasets import mixture
 from phi_mm.hub.export import save_artefact
 from phi_mm.recipes import Recipe, save_recipe
 from phi_mm.training import PhiMMTrainer
-from processing import PhiMMCollator
 
 PROCESSOR = {
     "LICENSE",
@@ -48,34 +46,24 @@ PUSHED = {
 }
 
 
-def train(recipe: Recipe) -> PhiMMTrainer:
+def train(runner: PhiMMTrainer, recipe: Recipe) -> None:
     """Trains and saves as train.py does."""
-    arguments = recipe.training_arguments()
     save_recipe(recipe, recipe.run_dir / "recipe.yaml")
-    torch.manual_seed(arguments.seed)
-    model, processor = assemble(recipe)
-    trainer = PhiMMTrainer(
-        model=model,
-        args=arguments,
-        data_collator=PhiMMCollator(processor, None, recipe.data.max_length),
-        train_dataset=mixture(recipe.data.train, arguments.seed),
-        processing_class=processor,
-    )
-    trainer.train()
-    trainer.save_model()
-    return trainer
+    runner.train()
+    runner.save_model()
 
 
 @pytest.mark.parametrize("tune", ["frozen", "qlora", "full"])
 def test_the_trainer_pushes_what_was_trained_and_nothing_else(
-    tune: str, recipe: Callable, login: Callable, loopback: LoopbackHub
+    tune: str, trainer: Callable, recipe: Callable, login: Callable, loopback: LoopbackHub
 ) -> None:
     token, repo = loopback.token("tess"), f"tess/{tune}"
     login(token)
     words = ["push_to_hub=true", f"hub_model_id={repo}", "hub_private_repo=true", "save_steps=1"]
     settings = [f"training.{word}" for word in (*words, "max_steps=2")]
-    trainer = train(recipe(*settings, tune=tune))
-    run_dir = Path(trainer.args.output_dir)
+    made = recipe(*settings, tune=tune)
+    train(trainer(made), made)
+    run_dir = made.run_dir
     assert (run_dir / "checkpoint-2" / "optimizer.pt").is_file()
     assert (run_dir / "recipe.yaml").is_file()
     assert loopback.repositories[repo].private
@@ -95,41 +83,38 @@ def test_the_trainer_pushes_what_was_trained_and_nothing_else(
 
 
 def test_the_trainer_pushes_at_the_end_alone_and_to_a_branch(
-    recipe: Callable, login: Callable, loopback: LoopbackHub
+    trainer: Callable, recipe: Callable, login: Callable, loopback: LoopbackHub
 ) -> None:
     login(loopback.token("tess"))
     words = ["push_to_hub=true", "hub_model_id=tess/end", "hub_strategy=end", "hub_revision=trial"]
     settings = [f"training.{word}" for word in (*words, "max_steps=2", "save_steps=1")]
-    train(recipe(*settings, tune="frozen"))
+    made = recipe(*settings, tune="frozen")
+    train(trainer(made), made)
     assert set(loopback.files("tess/end", "trial")) == PUSHED["frozen"]
     assert loopback.files("tess/end", "main") == {}
     assert len(loopback.repositories["tess/end"].commits) == 2  # the first, and one push
 
 
 def test_a_push_that_breaks_does_not_end_the_training(
-    recipe: Callable, login: Callable, loopback: LoopbackHub, caplog: pytest.LogCaptureFixture
+    trainer: Callable,
+    recipe: Callable,
+    login: Callable,
+    loopback: LoopbackHub,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     token = loopback.token("tess")
     login(token)
     settings = ["push_to_hub=true", "hub_model_id=tess/broken", "max_steps=2", "save_steps=1"]
     made = recipe(*(f"training.{word}" for word in settings), tune="frozen")
-    arguments = made.training_arguments()
     save_recipe(made, made.run_dir / "recipe.yaml")
-    model, processor = assemble(made)
-    trainer = PhiMMTrainer(
-        model=model,
-        args=arguments,
-        data_collator=PhiMMCollator(processor, None, None),
-        train_dataset=mixture(made.data.train, 0),
-        processing_class=processor,
-    )
+    runner = trainer(made)
     account = loopback.accounts.pop(token)  # the token is revoked while the model is trained
-    trainer.train()
+    runner.train()
     assert "a push to tess/broken failed" in caplog.text
     with pytest.raises(ValueError, match="cannot push to tess/broken"):
-        trainer.push_to_hub()
+        runner.push_to_hub()
     loopback.accounts[token] = account
-    trainer.push_to_hub()
+    runner.push_to_hub()
     assert set(loopback.files("tess/broken")) == PUSHED["frozen"]
 
 
@@ -165,13 +150,13 @@ def test_training_does_not_begin_without_a_token(
 
 @pytest.fixture
 def adapted(
-    recipe: Callable, login: Callable, loopback: LoopbackHub, tmp_path: Path
+    trainer: Callable, recipe: Callable, login: Callable, loopback: LoopbackHub, tmp_path: Path
 ) -> tuple[Path, Callable[[str, float], None]]:
     """A QLoRA run, and what puts a model of its parts (times a factor), with other projectors, into
     a repository.
     """
     made = recipe()
-    train(made)
+    train(trainer(made), made)
     login(loopback.token("ada"))
 
     def put_base(repo: str, factor: float = 1.0) -> None:

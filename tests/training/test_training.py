@@ -20,28 +20,11 @@ from safetensors.torch import load_file
 from phi_mm.assembly import assemble, load_run
 from phi_mm.datasets import mixture
 from phi_mm.recipes import Recipe, save_recipe
-from phi_mm.training import PhiMMTrainer, begin_or_resume, by_modality
+from phi_mm.training import begin_or_resume, by_modality
 from phi_mm.training.checkpoints import last_checkpoint
 from phi_mm.training.sampler import LengthGroupedSampler
-from processing import PhiMMCollator
 
 ROOT = Path(__file__).parents[2]
-
-
-def trainer(recipe: Recipe, **settings: object) -> PhiMMTrainer:
-    """A trainer as train.py makes it, without the cache."""
-    arguments = recipe.training_arguments()
-    torch.manual_seed(arguments.seed)
-    model, processor = assemble(recipe)
-    return PhiMMTrainer(
-        model=model,
-        args=arguments,
-        data_collator=PhiMMCollator(processor, None, recipe.data.max_length),
-        train_dataset=mixture(recipe.data.train, arguments.seed),
-        processing_class=processor,
-        projector_learning_rate=recipe.tune.projector_learning_rate,
-        **settings,
-    )
 
 
 def run_cli(recipe: Recipe, path: Path, *overrides: str) -> subprocess.Popen:
@@ -105,7 +88,7 @@ def assert_whole_run(run_dir: Path, output: str) -> None:
     assert "model.safetensors" not in names
 
 
-def test_stage_1_resumes_and_hands_its_projectors_to_stage_2(recipe, tmp_path: Path):
+def test_stage_1_resumes_and_hands_its_projectors_to_stage_2(trainer, recipe, tmp_path: Path):
     stage1 = recipe("training.save_steps=2", "training.max_steps=4", tune="frozen")
     straight = trainer(stage1)
     straight.train()
@@ -123,7 +106,9 @@ def test_stage_1_resumes_and_hands_its_projectors_to_stage_2(recipe, tmp_path: P
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_resuming_in_a_later_epoch_sees_the_same_rows(recipe, tmp_path: Path, strategy: str):
+def test_resuming_in_a_later_epoch_sees_the_same_rows(
+    trainer, recipe, tmp_path: Path, strategy: str
+):
     made = recipe(
         f"training.train_sampling_strategy={strategy}",
         "training.save_steps=8",  # of six steps an epoch
@@ -180,7 +165,7 @@ def test_a_run_folder_is_not_mixed_up(recipe):
         begin_or_resume(recipe("training.resume_from_checkpoint=null"))
 
 
-def test_accumulated_batches_learn_as_the_whole_batch(recipe):
+def test_accumulated_batches_learn_as_the_whole_batch(trainer, recipe):
     """Rows have answers of different lengths, so a mean of means would differ."""
     ends = []
     for size, accumulate in ((8, 1), (2, 4)):
@@ -201,7 +186,7 @@ def test_accumulated_batches_learn_as_the_whole_batch(recipe):
     torch.testing.assert_close(ends[0][1], ends[1][1], atol=1e-6, rtol=1e-4)
 
 
-def test_projectors_learn_at_their_own_rate(recipe):
+def test_projectors_learn_at_their_own_rate(trainer, recipe):
     run = trainer(recipe("training.weight_decay=0.1"))
     optimizer = run.create_optimizer()
     names = {id(p): name for name, p in run.model.named_parameters()}
@@ -218,7 +203,7 @@ def test_projectors_learn_at_their_own_rate(recipe):
 
 
 @pytest.mark.parametrize("text", ["phi", "phi3"])
-def test_evaluation_does_not_change_how_four_bit_training_computes(recipe, text: str):
+def test_evaluation_does_not_change_how_four_bit_training_computes(trainer, recipe, text: str):
     run = trainer(recipe(text=text))
     batch = run.data_collator([run.train_dataset[i] for i in range(4)])
 
@@ -238,7 +223,7 @@ def test_evaluation_does_not_change_how_four_bit_training_computes(recipe, text:
         assert torch.equal(one, other)
 
 
-def test_activation_checkpointing_gives_the_same_gradients(recipe):
+def test_activation_checkpointing_gives_the_same_gradients(trainer, recipe):
     gradients = []
     for on in (False, True):
         run = trainer(recipe())
@@ -256,7 +241,7 @@ def test_activation_checkpointing_gives_the_same_gradients(recipe):
 
 @pytest.mark.parametrize("text", ["phi", "phi3"])
 @pytest.mark.parametrize("tune", ["frozen", "lora", "qlora", "full"])
-def test_a_loaded_run_answers_as_the_trained_model(recipe, text: str, tune: str):
+def test_a_loaded_run_answers_as_the_trained_model(trainer, recipe, text: str, tune: str):
     double = ["quantization.bnb_4bit_use_double_quant=true"] if tune == "qlora" else []
     made = recipe(*double, text=text, tune=tune)
     begin_or_resume(made)
@@ -283,7 +268,7 @@ def test_load_run_wants_a_run_folder(tmp_path: Path):
         load_run(tmp_path)
 
 
-def test_validation_loss_is_reported_for_each_modality(recipe, rows: Path):
+def test_validation_loss_is_reported_for_each_modality(trainer, recipe, rows: Path):
     data = mixture([{"path": str(rows)}], seed=0)
     subsets = by_modality(data)
     assert {kind: len(subset) for kind, subset in subsets.items()} == {
@@ -300,7 +285,9 @@ def test_validation_loss_is_reported_for_each_modality(recipe, rows: Path):
             assert metrics[f"eval_{kind}_loss"] == pytest.approx(run.model(**batch).loss.item())
 
 
-def test_reports_to_trackio_and_tensorboard_without_network(recipe, monkeypatch, tmp_path: Path):
+def test_reports_to_trackio_and_tensorboard_without_network(
+    trainer, recipe, monkeypatch, tmp_path: Path
+):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     made = recipe(
