@@ -110,7 +110,9 @@ class Engine:
         try:
             while not isinstance(event, Answer):
                 try:
-                    event = await asyncio.wait_for(events.get(), until and until - loop.time())
+                    # Not `wait_for`, which may swallow a cancellation.
+                    async with asyncio.timeout_at(until):
+                        event = await events.get()
                 except TimeoutError:
                     self._refuse_if_waiting(ticket)
                     until = None  # it is being answered, which has its own end
