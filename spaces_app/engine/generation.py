@@ -117,6 +117,7 @@ class Generator:
         model, processor: of the artefact, in eval mode.
         media_budget: bytes of tower outputs to keep.
         prefix_budget: bytes of keys and values to keep.
+        about: what it is, in a few words for the page.
     """
 
     def __init__(
@@ -125,8 +126,9 @@ class Generator:
         processor: ProcessorMixin,
         media_budget: int,
         prefix_budget: int,
+        about: str = "a model",
     ):
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.about = model, processor, about
         self.reader = PromptReader(model, processor, media_budget)
         self.prefixes = PrefixStore(model.config, prefix_budget)
 

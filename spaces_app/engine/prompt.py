@@ -136,6 +136,8 @@ class PromptReader:
         self, kind: str, path: str, compute: Callable[[str], Any], media: "_Media"
     ) -> tuple[str, Any]:
         """The content of a file by name, and what `compute` made of it, now or before."""
+        if not Path(path).is_file():
+            raise ValueError(f"got {path}, which is gone: show or say it again")
         with Path(path).open("rb") as file:
             content = f"{kind}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
         value = self.features.get(content)

@@ -17,6 +17,7 @@ from .turns import Turns
 from .zero import LentGenerator
 
 log = logging.getLogger(__name__)
+NOTHING_SAID = Answer("", [], "stopped", 0, 0, 0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Engine:
         self._current: _Ticket | None = None
         self._forgotten: set[str] = set()
         self._closed = threading.Event()
+        self._loaded = threading.Event()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -84,8 +86,28 @@ class Engine:
         return self.alive and self.generator is not None
 
     @property
+    def loading(self) -> bool:
+        return not self._loaded.is_set()
+
+    def wait_until_loaded(self) -> None:
+        """Returns once the model is there, or cannot be loaded."""
+        self._loaded.wait()
+
+    def describe(self) -> str:
+        """In a sentence, what to expect of it."""
+        if self.failure is not None:
+            return self.failure
+        if self.loading:
+            return "The model is being loaded; questions wait until it is there."
+        return f"Ready: {self.generator.about}." if self.alive else "Closed."
+
+    @property
     def waiting(self) -> int:
         return len(self._turns)
+
+    @property
+    def answering(self) -> bool:
+        return self._current is not None
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         """Queues a request and yields what happens to it, an `Answer` last.
@@ -125,6 +147,18 @@ class Engine:
             if self._turns.remove(request.conversation, ticket):
                 self._tell_places()
 
+    def stop(self, conversation: str) -> None:
+        """Ends what is waiting or being answered for a conversation: its streams end with an
+        `Answer` of what there is.
+        """
+        current = [self._current] if self._current is not None else []
+        for ticket in (*current, *self._turns.in_order()):
+            if ticket.request.conversation == conversation:
+                ticket.stop.set()
+                if self._turns.remove(conversation, ticket):
+                    ticket.tell(NOTHING_SAID)
+        self._tell_places()
+
     def forget(self, conversation: str) -> None:
         """Frees what is kept of a conversation, before the next answer is begun."""
         self._forgotten.add(conversation)
@@ -144,9 +178,11 @@ class Engine:
     def _work(self) -> None:
         try:
             self.generator = self.load()
+            self._loaded.set()
         except Exception as error:
             log.exception("the model could not be loaded")
             self.failure = f"the model could not be loaded: {error}"
+            self._loaded.set()
             for ticket in self._turns.in_order():
                 ticket.tell(ValueError(self.failure))
             return
@@ -167,6 +203,8 @@ class Engine:
         except ValueError as error:  # by the house rule, what is wrong with the request
             return error
         except Interrupted:
+            if ticket.stop.is_set():
+                return NOTHING_SAID
             return ValueError(
                 f"no word came within {self.limits.answer_seconds:.0f} s: ask with fewer or "
                 "shorter pictures and recordings"
