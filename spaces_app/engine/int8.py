@@ -36,7 +36,9 @@ class Int8Linear(nn.Module):
                 weight, scale.double(), torch.zeros_like(scale, dtype=torch.long), 0, torch.qint8
             )
         self.packed = torch.ops.quantized.linear_prepack(rounded, None)
-        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.bias = None
+        if linear.bias is not None:  # copied: it may lie in the file that was read
+            self.bias = linear.bias.detach().to(torch.float32, copy=True)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., N), float32."""

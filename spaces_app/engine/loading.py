@@ -9,8 +9,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from .int8 import quantize_linears
-from .precision import quantised_part
+from .int8 import Int8Linear, quantize_linears
 
 # Full names: bitsandbytes compares from the start of a layer's name.
 FULL_PRECISION = [
@@ -45,9 +44,16 @@ def load(
 
 
 def _to_int8(model: PreTrainedModel) -> PreTrainedModel:
-    """Layers to int8 one after the other, then all that is left to float32."""
-    quantize_linears(quantised_part(model))
-    return model.float()
+    """Layers and head to int8 one after the other, then all that is left to float32.
+
+    It is copied, for the file that was read stays in memory as long as one tensor lies in it.
+    """
+    quantize_linears(model.model.language_model.layers)
+    model.lm_head = Int8Linear(model.lm_head)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32, copy=True)
+    return model
 
 
 def _load_nf4(artefact: str, where: dict) -> PreTrainedModel:

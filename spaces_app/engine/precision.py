@@ -122,11 +122,14 @@ def _predict(model: PreTrainedModel, precision: str, stores: int) -> Memory:
     every = sum(parameter.numel() for parameter in model.parameters())
     linear = [
         module.weight.numel()
-        for module in quantised_part(model).modules()
+        for part in quantised_parts(model, precision)
+        for module in part.modules()
         if isinstance(module, nn.Linear)
     ]
-    serving = sum(linear) * LINEAR_BYTES[precision]
-    serving += (every - sum(linear)) * OTHER_BYTES[precision]
+    others = every - sum(linear)
+    if precision == "int8" and model.config.tie_word_embeddings:
+        others += model.lm_head.weight.numel()  # the embeddings stay when the head is rounded
+    serving = sum(linear) * LINEAR_BYTES[precision] + others * OTHER_BYTES[precision]
     loading = serving
     if precision == "int8":  # all of it as it was saved, and one layer in every form
         saved = torch.finfo(model.config.dtype or torch.float32).bits // 8
@@ -134,11 +137,12 @@ def _predict(model: PreTrainedModel, precision: str, stores: int) -> Memory:
     return Memory(round(loading) + WORKING_BYTES, round(serving) + WORKING_BYTES + stores)
 
 
-def quantised_part(model: PreTrainedModel) -> nn.Module:
-    """The layers whose linear weights are kept in 4 or 8 bits; towers, projectors, embeddings and
-    head are not.
+def quantised_parts(model: PreTrainedModel, precision: str) -> list[nn.Module]:
+    """What holds the linear weights that are kept in 4 or 8 bits: the language model's layers, and
+    in int8 the head; towers, projectors and embeddings do not.
     """
-    return model.model.language_model.layers
+    layers = model.model.language_model.layers
+    return [layers, model.lm_head] if precision == "int8" else [layers]
 
 
 def free_memory(gpu: bool) -> int:

@@ -11,7 +11,7 @@ from gradio.data_classes import ImageData
 from .conversation import Conversation
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-FORGET_AFTER = 3600  # seconds: uploaded files, and conversations that nobody goes on with
+KEEP_FILES = 3600  # seconds that uploaded pictures and recordings stay on the disk
 POLL_SECONDS = 1.0  # while the model is being loaded
 TITLE = "phi-mm"
 ABOUT = "# phi-mm\nA language model that also sees and hears. It may be wrong."
@@ -33,12 +33,11 @@ class ChatPage:
         self.engine = engine
 
     def build(self) -> gr.Blocks:
-        with gr.Blocks(title=TITLE, delete_cache=(FORGET_AFTER, FORGET_AFTER)) as blocks:
+        with gr.Blocks(title=TITLE, delete_cache=(KEEP_FILES, KEEP_FILES)) as blocks:
             gr.Markdown(ABOUT)
             self._build_state(blocks)
-            self.conversation = gr.State(
-                None, time_to_live=FORGET_AFTER, delete_callback=self._drop
-            )
+            # Each visitor's own; changed in place, so that an answer that breaks off is in it too.
+            self.conversation = gr.State(Conversation(), delete_callback=self._drop)
             self.talk = gr.Chatbot(
                 label="Conversation",
                 elem_id="talk",
@@ -133,7 +132,7 @@ class ChatPage:
             [self.send.click, self.text.submit],
             self._send,
             [*fields, *settings, self.conversation],
-            [self.talk, self.conversation, *fields],
+            [self.talk, *fields],
             trigger_mode="once",
             **private,
         )
@@ -144,25 +143,24 @@ class ChatPage:
             [self.clear.click, self.talk.clear],
             self._clear,
             self.conversation,
-            [self.talk, self.conversation, *fields],
+            [self.talk, *fields],
             queue=False,
             **private,
         )
 
     async def _send(
-        self, text, image, audio, length, temperature, conversation: Conversation | None
+        self, text, image, audio, length, temperature, conversation: Conversation
     ) -> AsyncIterator[tuple]:
-        conversation = conversation or Conversation()
         try:
             conversation.ask(text, image, audio)
         except ValueError as error:
             gr.Warning(str(error))
-            yield (gr.skip(),) * 5
+            yield (gr.skip(),) * 4
             return
-        once = conversation, "", None, None  # what is typed meanwhile stays
+        fields = "", None, None
         async for _ in conversation.answer(self.engine, length, temperature):
-            yield conversation.shown(), *once
-            once = (gr.skip(),) * 4
+            yield conversation.shown(), *fields
+            fields = (gr.skip(),) * 3  # what is typed meanwhile stays
 
     async def _retry(
         self, length, temperature, conversation: Conversation, asked: gr.RetryData
@@ -181,39 +179,37 @@ class ChatPage:
         async for _ in conversation.answer(self.engine, length, temperature):
             yield conversation.shown()
 
-    def _stop(self, conversation: Conversation | None) -> None:
-        if conversation is not None:
-            self.engine.stop(conversation.name)
+    def _stop(self, conversation: Conversation) -> None:
+        self.engine.stop(conversation.name)
 
-    def _clear(self, conversation: Conversation | None) -> tuple:
+    def _clear(self, conversation: Conversation) -> tuple:
         self._drop(conversation)
-        return [], None, "", None, None
+        return [], "", None, None
 
-    def _drop(self, conversation: Conversation | None) -> None:
-        if conversation is not None:
-            conversation.turns.clear()
-            self.engine.stop(conversation.name)
-            self.engine.forget(conversation.name)
+    def _drop(self, conversation: Conversation) -> None:
+        conversation.turns.clear()
+        self.engine.stop(conversation.name)
+        self.engine.forget(conversation.name)
 
     def _build_api(self) -> None:
         """Two endpoints for programs; gradio documents them by these functions' docstrings."""
         answer = gr.Textbox(label="answer", visible=False)
         gr.Button(visible=False).click(
-            self._api_ask,
+            self.ask,
             [self.text, self.image, self.audio, self.length, self.temperature, self.conversation],
-            [answer, self.conversation],
+            answer,
             api_name="ask",
             show_progress="hidden",
         )
         gr.Button(visible=False).click(
-            self._api_clear,
+            self.forget,
             self.conversation,
-            self.conversation,
-            api_name="clear",
+            None,
+            api_name="forget",
             show_progress="hidden",
         )
 
-    async def _api_ask(
+    async def ask(
         self,
         text: str = "",
         image: str | None = None,
@@ -221,7 +217,7 @@ class ChatPage:
         length: float = 256,
         temperature: float = 0.0,
         conversation: Conversation | None = None,
-    ) -> AsyncIterator[tuple[str, Conversation]]:
+    ) -> AsyncIterator[str]:
         """Ask phi-mm about text, a picture, a recording, or all of them; the answer grows.
 
         Calls of one client (one session_hash) are one conversation.
@@ -233,20 +229,21 @@ class ChatPage:
             length: most tokens of the answer.
             temperature: 0 for the likeliest words.
         """
-        conversation = conversation or Conversation()
+        conversation = conversation or Conversation()  # tools of the MCP endpoint have none
         try:
             conversation.ask(text, image, audio)
             async for turn in conversation.answer(self.engine, length, temperature):
                 if turn.error:
                     conversation.turns.pop()
                     raise ValueError(turn.error)
-                yield turn.answer, conversation
+                yield turn.answer
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    def _api_clear(self, conversation: Conversation | None = None) -> None:
+    def forget(self, conversation: Conversation | None = None) -> None:
         """Forget this client's conversation."""
-        self._drop(conversation)
+        if conversation is not None:
+            self._drop(conversation)
 
 
 def _as_it_came(preprocess: Callable, payload: ImageData | None) -> str | None:

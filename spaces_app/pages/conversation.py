@@ -90,10 +90,12 @@ def describe(answer: Answer) -> str:
 
 @dataclass
 class Conversation:
-    """The turns so far, under a name that nobody else has."""
+    """The turns so far, and from the first question on a name that nobody else has: gradio copies
+    the empty one for every visitor.
+    """
 
     turns: list[Turn] = field(default_factory=list)
-    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    name: str = ""
 
     def ask(self, text: str | None, image: str | None, audio: str | None) -> None:
         """Adds a question.
@@ -104,6 +106,7 @@ class Conversation:
         text = (text or "").strip()
         if not text and audio is None:
             raise ValueError("got no question: type one, or record one")
+        self.name = self.name or uuid.uuid4().hex
         self.turns.append(Turn(text, image, audio))
 
     def go_back(self, message: int) -> None:

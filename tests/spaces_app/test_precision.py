@@ -47,9 +47,20 @@ def test_memory_is_predicted_from_the_config(artefact: Path) -> None:
     assert plain.memory.loading == weights + WORKING_BYTES
     small = choose(str(artefact), None, "auto", stores=0, free=1 << 40)
     assert small.precision == "int8"
+    linear += 300 * 32  # and the head
     assert small.memory.serving == round(weights - 4 * linear + 1.01 * linear) + WORKING_BYTES
-    assert small.memory.loading == weights + 9 * 32 * 64 + WORKING_BYTES
+    assert small.memory.loading == weights + 9 * 300 * 32 + WORKING_BYTES
     assert str(small).startswith("int8: the quickest on a CPU; predicted 0.6")
+
+
+def test_int8_leaves_nothing_of_the_file_in_memory(artefact: Path) -> None:
+    """Every tensor has a memory of its own: one in the mapped file would keep all of it mapped."""
+    model, _ = load(str(artefact), None, "int8")
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [m.bias for m in model.modules() if isinstance(m, Int8Linear) and m.bias is not None]
+    assert isinstance(model.lm_head, Int8Linear)
+    for tensor in tensors:
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_what_does_not_fit_is_refused_with_the_remedy(artefact: Path) -> None:

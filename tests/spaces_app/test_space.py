@@ -104,7 +104,7 @@ def test_answers_are_the_models_own_over_several_turns(
     grown = list(job)
     assert grown[-1] == expected(second)
     assert len(grown) > 3
-    clients[1].predict(api_name="/clear")
+    clients[1].predict(api_name="/forget")
     alone = clients[1].predict(text="and then?", length=16, api_name="/ask")
     assert alone == expected([user("and then?")])
 
@@ -148,7 +148,7 @@ def test_errors_are_sentences_and_the_conversation_survives(url: str, tmp_path: 
 
 def test_only_what_is_documented_can_be_called(url: str) -> None:
     api = Client(url, verbose=False).view_api(return_format="dict", print_info=False)
-    assert list(api["named_endpoints"]) == ["/ask", "/clear"]
+    assert list(api["named_endpoints"]) == ["/ask", "/forget"]
     names = [p["parameter_name"] for p in api["named_endpoints"]["/ask"]["parameters"]]
     assert names == ["text", "image", "audio", "length", "temperature"]
     assert "picture" in api["named_endpoints"]["/ask"]["description"]
