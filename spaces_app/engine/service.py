@@ -60,7 +60,8 @@ class Engine:
         self.generator: Generator | LentGenerator | None = None
         self.failure: str | None = None  # why the model could not be loaded
         self._turns: Turns[_Ticket] = Turns(limits.waiting)
-        self._current: _Ticket | None = None
+        self._open: set[_Ticket] = set()  # of all who listen
+        self._answering = False
         self._forgotten: set[str] = set()
         self._closed = threading.Event()
         self._loaded = threading.Event()
@@ -73,8 +74,8 @@ class Engine:
     def close(self) -> None:
         """Ends the answer that is being given, and the thread."""
         self._closed.set()
-        if (current := self._current) is not None:
-            current.stop.set()
+        for ticket in list(self._open):
+            ticket.stop.set()
         self._thread.join()
 
     @property
@@ -107,7 +108,7 @@ class Engine:
 
     @property
     def answering(self) -> bool:
-        return self._current is not None
+        return self._answering
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         """Queues a request and yields what happens to it, an `Answer` last.
@@ -127,6 +128,7 @@ class Engine:
 
         ticket = _Ticket(request, tell)
         self._turns.put(request.conversation, ticket)
+        self._open.add(ticket)
         self._tell_places()
         until, event = loop.time() + self.limits.wait_seconds, None
         try:
@@ -144,6 +146,7 @@ class Engine:
                 yield event
         finally:
             ticket.stop.set()
+            self._open.discard(ticket)
             if self._turns.remove(request.conversation, ticket):
                 self._tell_places()
 
@@ -151,8 +154,7 @@ class Engine:
         """Ends what is waiting or being answered for a conversation: its streams end with an
         `Answer` of what there is.
         """
-        current = [self._current] if self._current is not None else []
-        for ticket in (*current, *self._turns.in_order()):
+        for ticket in list(self._open):
             if ticket.request.conversation == conversation:
                 ticket.stop.set()
                 if self._turns.remove(conversation, ticket):
@@ -192,9 +194,9 @@ class Engine:
                 self.generator.forget(self._forgotten.pop())
             if ticket is not None:
                 self._tell_places()
-                self._current = ticket
+                self._answering = True
                 ticket.tell(ticket.context.run(self._outcome, ticket))
-                self._current = None
+                self._answering = False
 
     def _outcome(self, ticket: _Ticket) -> Answer | Exception:
         ending = Ending(ticket.stop, time.monotonic() + self.limits.answer_seconds)

@@ -146,6 +146,15 @@ def test_errors_are_sentences_and_the_conversation_survives(url: str, tmp_path: 
     assert other.predict(text="hello", length=16, api_name="/ask") == after
 
 
+def test_files_of_the_server_are_not_opened(url: str) -> None:
+    passwords = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    for media in ([passwords, None], [None, passwords]):
+        body = {"data": ["what?", *media, 16, 0]}
+        _, answer = get(f"{url}/gradio_api/call/ask", body)
+        _, stream = get(f"{url}/gradio_api/call/ask/{json.loads(answer)['event_id']}")
+        assert b"event: error" in stream and b"expected a" not in stream
+
+
 def test_only_what_is_documented_can_be_called(url: str) -> None:
     api = Client(url, verbose=False).view_api(return_format="dict", print_info=False)
     assert list(api["named_endpoints"]) == ["/ask", "/forget"]
