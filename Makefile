@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test conformance check setup clean
+.PHONY: demo space test conformance check setup clean
 
 setup: $(READY)
 
@@ -18,6 +18,10 @@ $(READY): setup.py constraints.txt
 # World, two stages of training, evaluation, export, verification, four questions: about ten minutes.
 demo: $(READY)
 	$(BIN)/phi-mm demo
+
+# A page to talk with what the demo made.
+space: $(READY)
+	$(BIN)/phi-mm serve runs/demo/artefact
 
 test: $(READY)
 	$(BIN)/python -m pytest

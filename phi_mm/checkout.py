@@ -1,5 +1,6 @@
-"""What the repository holds beside its packages: train.py, tiny recipes, cards, licence."""
+"""What the repository holds beside its packages: train.py, the Space, recipes, cards, licence."""
 
+import importlib.util
 import os
 import runpy
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "train.py"
+SPACE = ROOT / "spaces_app"
 TINY_RECIPES = ROOT / "recipes" / "tiny"
 MODEL_CARD = ROOT / "model_card.md"
 ADAPTER_CARD = ROOT / "adapter_card.md"
@@ -50,3 +52,27 @@ def launch_train(arguments: list[str], processes: int) -> None:
         raise ValueError(
             f"{TRAIN.name} ended with exit code {done.returncode}; see its words above"
         )
+
+
+def run_space(artefact: str, revision: str | None, port: int) -> None:
+    """The Space with an artefact, in a process of its own, until it ends.
+
+    Args:
+        artefact, revision: a folder, or a Hub id and its commit.
+
+    Raises:
+        ValueError: the packages are installed without their checkout, gradio is missing, or the
+            process failed; it has said why.
+    """
+    if not SPACE.is_dir():
+        raise ValueError(f"got no {SPACE}, expected a checkout: clone the repository")
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError('got no gradio, which the page is made of: pip install "phi-mm[app]"')
+    folder = Path(artefact)
+    settings = {"PHI_MM_MODEL": str(folder.resolve()) if folder.is_dir() else artefact}
+    settings |= {"GRADIO_SERVER_PORT": str(port)} | (
+        {"PHI_MM_REVISION": revision} if revision else {}
+    )
+    done = subprocess.run([sys.executable, "app.py"], cwd=SPACE, env={**os.environ, **settings})
+    if done.returncode:
+        raise ValueError(f"the Space ended with exit code {done.returncode}; see its words above")

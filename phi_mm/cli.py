@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # It warns on import where an optional CPU kernel is missing; it works without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request to the Hub
     try:
         given.verb(given)
     except ValueError as error:  # by the house rule, what is wrong with the user's input
@@ -75,6 +76,11 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("artefact", help="exported folder or Hub id")
     verb.add_argument("--max-new-tokens", type=_positive, default=256)
 
+    verb = _verb(verbs, "serve", serve)
+    verb.add_argument("artefact", help="exported folder or Hub id")
+    verb.add_argument("--revision", help="commit of a Hub id")
+    verb.add_argument("--port", type=_positive, default=7860)
+
     _add_data(verbs)
     _add_tiny(verbs)
     return top
@@ -114,6 +120,10 @@ def _add_tiny(verbs: argparse._SubParsersAction) -> None:
     ):
         verb.add_argument(f"--{name}", type=_positive, help=help_text)
     verb.add_argument("--workers", type=_positive, help="processes")
+
+    verb = _verb(tiny, "examples", examples)
+    verb.add_argument("out", type=Path)
+    verb.add_argument("--seed", type=int, default=0)
 
 
 def _verb(
@@ -225,6 +235,13 @@ def chat(given: argparse.Namespace) -> None:
     run(given.artefact, sys.stdin, given.max_new_tokens)
 
 
+def serve(given: argparse.Namespace) -> None:
+    """Show a page to talk with an artefact in the browser."""
+    from phi_mm.checkout import run_space
+
+    run_space(given.artefact, given.revision, given.port)
+
+
 def check_data(given: argparse.Namespace) -> None:
     """Report on a data set and every fault in it."""
     from phi_mm.datasets import check
@@ -252,6 +269,14 @@ def world(given: argparse.Namespace) -> None:
     amounts = {name: vars(given)[name] for name in names if vars(given)[name] is not None}
     for file, rows in write_world(given.out, given.seed, **amounts).items():
         print(f"{given.out / file}: {rows} rows")
+
+
+def examples(given: argparse.Namespace) -> None:
+    """Draw and speak the examples on the page of the Space."""
+    from phi_mm.tiny.showcase import write_examples
+
+    for line in write_examples(given.out, given.seed):
+        print(" | ".join(line))
 
 
 if __name__ == "__main__":

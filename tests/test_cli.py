@@ -23,9 +23,11 @@ HEAVY = ("torch", "transformers", "datasets", "numpy")
         "push y --repo ann/x --private --revision v1 --for-vllm",
         "push runs/x --repo x --adapter-only --base ann/x",
         "chat y --max-new-tokens 5",
+        "serve y --revision abc --port 1",
         "data check rows.json --processor y --media-root m --max-length 9",
         "tiny build-bases --only clip --out c --work w --seed 1",
         "tiny world w --seed 1 --images 2 --test 3 --workers 1",
+        "tiny examples w --seed 1",
     ],
 )
 def test_every_verb_parses(line: str) -> None:

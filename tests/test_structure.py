@@ -63,3 +63,8 @@ def test_phi_mm_does_not_import_its_users():
 def test_the_tiny_world_needs_no_phi_mm_model():
     for path in files("phi_mm/tiny"):
         assert rooms(path) <= {"phi_mm"}, path
+
+
+def test_the_space_imports_nothing_of_ours_but_itself():
+    for path in files("spaces_app"):
+        assert rooms(path) == set(), path

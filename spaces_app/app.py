@@ -1,0 +1,95 @@
+"""The Space: loads an artefact, answers those who ask, and shows a page to talk.
+
+PHI_MM_MODEL=artefact python app.py
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+try:  # before anything that may start CUDA
+    import spaces
+except ImportError:  # not on the Hub
+    spaces = None
+
+import gradio as gr
+from engine.generation import Generator
+from engine.loading import load
+from engine.precision import choose
+from engine.service import Engine
+from engine.zero import LentGenerator
+from pages.chat import CSS, ChatPage
+from settings import Settings
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from transformers import PreTrainedModel
+
+log = logging.getLogger("phi-mm")
+ON_ZERO_GPU = spaces is not None and os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "true")
+
+
+def make_generator(settings: Settings) -> Generator | LentGenerator:
+    """The model in the precision that suits the machine.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    stores = settings.media_bytes + settings.prefix_bytes
+    choice = choose(settings.model, settings.revision, settings.precision, stores)
+    log.info("%s", choice)
+    model, processor = load(settings.model, settings.revision, choice.precision)
+    about = f"{Path(settings.model).name} in {choice.precision}, {_senses(model)}"
+    generator = Generator(model, processor, settings.media_bytes, settings.prefix_bytes, about)
+    return LentGenerator(generator, spaces.GPU) if ON_ZERO_GPU else generator
+
+
+def _senses(model: PreTrainedModel) -> str:
+    """What it takes beside text, and how recordings reach it."""
+    sees = ["sees pictures"] if model.config.vision_config is not None else []
+    hears = {"encoder": "hears recordings", "transcript": "reads what Whisper heard in recordings"}
+    if model.config.audio_config is not None:
+        sees.append(hears[model.config.audio_route])
+    return " and ".join(sees) or "takes text alone"
+
+
+def routes(engine: Engine) -> list[Route]:
+    """/health: the process works. /ready: the model answers."""
+
+    def health(request: Request) -> JSONResponse:
+        return _answer(engine, engine.alive)
+
+    def ready(request: Request) -> JSONResponse:
+        return _answer(engine, engine.ready)
+
+    return [Route("/health", health), Route("/ready", ready)]
+
+
+def _answer(engine: Engine, good: bool) -> JSONResponse:
+    told = {"state": engine.describe(), "waiting": engine.waiting, "answering": engine.answering}
+    return JSONResponse(told, status_code=200 if good else 503)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        settings = Settings.read()
+    except ValueError as error:
+        sys.exit(f"phi-mm: {error}")
+    engine = Engine(lambda: make_generator(settings), settings.limits)
+    engine.start()
+    if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
+        engine.wait_until_loaded()
+    page = ChatPage(engine).build()
+    page.launch(
+        theme=gr.themes.Soft(),
+        css=CSS,
+        app_kwargs={"routes": routes(engine)},
+        show_error=True,
+        ssr_mode=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What answers: loading, memory, prompts with their media, generation, and the queue before it."""

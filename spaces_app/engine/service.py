@@ -1,0 +1,220 @@
+"""The engine: one thread that loads the model and answers, and streams for those who ask.
+
+Requests come from an event loop; only the engine's own thread touches the model.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from .generation import Answer, Ending, Event, Generator, Interrupted, Request, Waiting
+from .turns import Turns
+from .zero import LentGenerator
+
+log = logging.getLogger(__name__)
+NOTHING_SAID = Answer("", [], "stopped", 0, 0, 0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine takes on.
+
+    Attributes:
+        waiting: requests that may wait.
+        wait_seconds: longest time to wait; a request that waited longer is turned away.
+        answer_seconds: longest time to work on one; an answer ends there.
+    """
+
+    waiting: int = 32
+    wait_seconds: float = 300.0
+    answer_seconds: float = 180.0
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """A request on its way, how to tell the one who asked, and the context of the asking, in which
+    ZeroGPU looks for the user whose quota it takes.
+    """
+
+    request: Request
+    tell: Callable[[Event | Exception], None]
+    stop: threading.Event = field(default_factory=threading.Event)
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+
+class Engine:
+    """Answers requests in turn.
+
+    Args:
+        load: makes the generator; called in the engine's thread, so that the page is up meanwhile.
+        limits: of queue and time.
+    """
+
+    def __init__(self, load: Callable[[], Generator | LentGenerator], limits: Limits):
+        self.load, self.limits = load, limits
+        self.generator: Generator | LentGenerator | None = None
+        self.failure: str | None = None  # why the model could not be loaded
+        self._turns: Turns[_Ticket] = Turns(limits.waiting)
+        self._open: set[_Ticket] = set()  # of all who listen
+        self._answering = False
+        self._forgotten: set[str] = set()
+        self._closed = threading.Event()
+        self._loaded = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Loads the model and begins to answer, in the background."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the answer that is being given, and the thread."""
+        self._closed.set()
+        for ticket in list(self._open):
+            ticket.stop.set()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def ready(self) -> bool:
+        return self.alive and self.generator is not None
+
+    @property
+    def loading(self) -> bool:
+        return not self._loaded.is_set()
+
+    def wait_until_loaded(self) -> None:
+        """Returns once the model is there, or cannot be loaded."""
+        self._loaded.wait()
+
+    def describe(self) -> str:
+        """In a sentence, what to expect of it."""
+        if self.failure is not None:
+            return self.failure
+        if self.loading:
+            return "The model is being loaded; questions wait until it is there."
+        return f"Ready: {self.generator.about}." if self.alive else "Closed."
+
+    @property
+    def waiting(self) -> int:
+        return len(self._turns)
+
+    @property
+    def answering(self) -> bool:
+        return self._answering
+
+    async def stream(self, request: Request) -> AsyncIterator[Event]:
+        """Queues a request and yields what happens to it, an `Answer` last.
+
+        Whoever stops to iterate ends the answer: `aclose()` it, or cancel the task it runs in.
+
+        Raises:
+            ValueError: the request was turned away, or cannot be answered; says what to do.
+        """
+        if self.failure is not None:
+            raise ValueError(self.failure)
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
+
+        def tell(event: Event | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ticket = _Ticket(request, tell)
+        self._turns.put(request.conversation, ticket)
+        self._open.add(ticket)
+        self._tell_places()
+        until, event = loop.time() + self.limits.wait_seconds, None
+        try:
+            while not isinstance(event, Answer):
+                try:
+                    # Not `wait_for`, which may swallow a cancellation.
+                    async with asyncio.timeout_at(until):
+                        event = await events.get()
+                except TimeoutError:
+                    self._refuse_if_waiting(ticket)
+                    until = None  # it is being answered, which has its own end
+                    continue
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            ticket.stop.set()
+            self._open.discard(ticket)
+            if self._turns.remove(request.conversation, ticket):
+                self._tell_places()
+
+    def stop(self, conversation: str) -> None:
+        """Ends what is waiting or being answered for a conversation: its streams end with an
+        `Answer` of what there is.
+        """
+        for ticket in list(self._open):
+            if ticket.request.conversation == conversation:
+                ticket.stop.set()
+                if self._turns.remove(conversation, ticket):
+                    ticket.tell(NOTHING_SAID)
+        self._tell_places()
+
+    def forget(self, conversation: str) -> None:
+        """Frees what is kept of a conversation, before the next answer is begun."""
+        self._forgotten.add(conversation)
+
+    def _refuse_if_waiting(self, ticket: _Ticket) -> None:
+        if self._turns.remove(ticket.request.conversation, ticket):
+            self._tell_places()
+            raise ValueError(
+                f"no answer could be begun within {self.limits.wait_seconds:.0f} s, there are "
+                "too many questions: try again later"
+            )
+
+    def _tell_places(self) -> None:
+        for place, ticket in enumerate(self._turns.in_order(), start=1):
+            ticket.tell(Waiting(place))
+
+    def _work(self) -> None:
+        try:
+            self.generator = self.load()
+            self._loaded.set()
+        except Exception as error:
+            log.exception("the model could not be loaded")
+            self.failure = f"the model could not be loaded: {error}"
+            self._loaded.set()
+            for ticket in self._turns.in_order():
+                ticket.tell(ValueError(self.failure))
+            return
+        while not self._closed.is_set():
+            ticket = self._turns.take(timeout=0.5)
+            while self._forgotten:
+                self.generator.forget(self._forgotten.pop())
+            if ticket is not None:
+                self._tell_places()
+                self._answering = True
+                ticket.tell(ticket.context.run(self._outcome, ticket))
+                self._answering = False
+
+    def _outcome(self, ticket: _Ticket) -> Answer | Exception:
+        ending = Ending(ticket.stop, time.monotonic() + self.limits.answer_seconds)
+        try:
+            return self.generator.answer(ticket.request, ticket.tell, ending)
+        except ValueError as error:  # by the house rule, what is wrong with the request
+            return error
+        except Interrupted:
+            if ticket.stop.is_set():
+                return NOTHING_SAID
+            return ValueError(
+                f"no word came within {self.limits.answer_seconds:.0f} s: ask with fewer or "
+                "shorter pictures and recordings"
+            )
+        except Exception as error:
+            log.exception("a request failed")
+            self.generator.free()
+            return ValueError(
+                f"the model failed on this question ({type(error).__name__}): ask again, or clear "
+                "the conversation"
+            )

@@ -1,0 +1,260 @@
+"""The page to talk: text, pictures and recordings in, words out."""
+
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+
+import gradio as gr
+from engine.service import Engine
+from gradio.data_classes import ImageData
+
+from .conversation import Conversation
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+KEEP_FILES = 3600  # seconds that uploaded pictures and recordings stay on the disk
+POLL_SECONDS = 1.0  # while the model is being loaded
+TITLE = "phi-mm"
+ABOUT = "# phi-mm\nA language model that also sees and hears. It may be wrong."
+CSS = """
+footer {opacity: 0.7}
+#question textarea {font-size: 1rem}
+@media (max-width: 640px) {#talk {height: 55vh !important}}
+"""
+
+
+class ChatPage:
+    """Everything on the page, and what it does.
+
+    Args:
+        engine: answers.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def build(self) -> gr.Blocks:
+        with gr.Blocks(title=TITLE, delete_cache=(KEEP_FILES, KEEP_FILES)) as blocks:
+            gr.Markdown(ABOUT)
+            self._build_state(blocks)
+            # Each visitor's own; changed in place, so that an answer that breaks off is in it too.
+            self.conversation = gr.State(Conversation(), delete_callback=self._drop)
+            self.talk = gr.Chatbot(
+                label="Conversation",
+                elem_id="talk",
+                height="60vh",
+                editable="user",
+                group_consecutive_messages=False,  # or gradio 6.31 edits the first, a picture
+                buttons=["copy", "copy_all"],
+                feedback_options=None,
+                allow_tags=False,
+                placeholder="Show a picture, say something, or type a question.",
+            )
+            self._build_fields()
+            self._build_examples()
+            self._connect()
+            self._build_api()
+        return blocks.queue(default_concurrency_limit=None)
+
+    def _build_state(self, blocks: gr.Blocks) -> None:
+        state, timer = gr.Markdown(elem_id="state"), gr.Timer(POLL_SECONDS)
+
+        def look() -> tuple[str, gr.Timer]:
+            return self.engine.describe(), gr.Timer(active=self.engine.loading)
+
+        gr.on(
+            [blocks.load, timer.tick],
+            look,
+            None,
+            [state, timer],
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+    def _build_fields(self) -> None:
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                self.text = gr.Textbox(
+                    label="Question",
+                    placeholder="What is in the picture?",
+                    max_lines=8,
+                    elem_id="question",
+                    submit_btn=False,
+                )
+                with gr.Row():
+                    self.send = gr.Button("Send", variant="primary", min_width=80)
+                    self.stop = gr.Button("Stop", variant="stop", min_width=80)
+                    self.clear = gr.Button("Clear", min_width=80)
+                with gr.Accordion("Settings", open=False):
+                    self.temperature = gr.Slider(
+                        0.0,
+                        1.5,
+                        value=0.0,
+                        step=0.1,
+                        label="Temperature",
+                        info="0 gives the likeliest words, more leaves more to chance",
+                    )
+                    self.length = gr.Slider(
+                        16, 512, value=256, step=16, label="Longest answer", info="in tokens"
+                    )
+            with gr.Column(scale=1, min_width=220):
+                self.image = gr.Image(
+                    label="Picture",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard", "webcam"],
+                    height=220,
+                )
+                # An instance's own: gradio writes a .pyi file beside every subclass.
+                self.image.preprocess = partial(_as_it_came, self.image.preprocess)
+            with gr.Column(scale=1, min_width=220):
+                self.audio = gr.Audio(
+                    label="Recording", type="filepath", sources=["upload", "microphone"]
+                )
+
+    def _build_examples(self) -> None:
+        def path(name: str) -> str | None:
+            return str(EXAMPLES / name) if name else None
+
+        lines = (EXAMPLES / "examples.tsv").read_text(encoding="utf-8").splitlines()
+        rows = [line.split("\t") for line in lines]
+        gr.Examples(
+            [[text, path(image), path(audio)] for text, image, audio in rows],
+            [self.text, self.image, self.audio],
+            label="Examples",
+            examples_per_page=len(rows),
+        )
+
+    def _connect(self) -> None:
+        settings = [self.length, self.temperature]
+        private = {"api_visibility": "private", "show_progress": "hidden"}
+        fields = [self.text, self.image, self.audio]
+        gr.on(
+            [self.send.click, self.text.submit],
+            self._send,
+            [*fields, *settings, self.conversation],
+            [self.talk, *fields],
+            trigger_mode="once",
+            **private,
+        )
+        self.talk.retry(self._retry, [*settings, self.conversation], self.talk, **private)
+        self.talk.edit(self._edit, [*settings, self.conversation], self.talk, **private)
+        self.stop.click(self._stop, self.conversation, None, queue=False, **private)
+        gr.on(
+            [self.clear.click, self.talk.clear],
+            self._clear,
+            self.conversation,
+            [self.talk, *fields],
+            queue=False,
+            **private,
+        )
+
+    async def _send(
+        self, text, image, audio, length, temperature, conversation: Conversation
+    ) -> AsyncIterator[tuple]:
+        try:
+            conversation.ask(text, image, audio)
+        except ValueError as error:
+            gr.Warning(str(error))
+            yield (gr.skip(),) * 4
+            return
+        fields = "", None, None
+        async for _ in conversation.answer(self.engine, length, temperature):
+            yield conversation.shown(), *fields
+            fields = (gr.skip(),) * 3  # what is typed meanwhile stays
+
+    async def _retry(
+        self, length, temperature, conversation: Conversation, asked: gr.RetryData
+    ) -> AsyncIterator[list]:
+        self.engine.stop(conversation.name)
+        conversation.go_back(_place(asked.index))
+        async for _ in conversation.answer(self.engine, length, temperature):
+            yield conversation.shown()
+
+    async def _edit(
+        self, length, temperature, conversation: Conversation, asked: gr.EditData
+    ) -> AsyncIterator[list]:
+        self.engine.stop(conversation.name)
+        conversation.go_back(_place(asked.index))
+        conversation.turns[-1].text = asked.value
+        async for _ in conversation.answer(self.engine, length, temperature):
+            yield conversation.shown()
+
+    def _stop(self, conversation: Conversation) -> None:
+        self.engine.stop(conversation.name)
+
+    def _clear(self, conversation: Conversation) -> tuple:
+        self._drop(conversation)
+        return [], "", None, None
+
+    def _drop(self, conversation: Conversation) -> None:
+        conversation.turns.clear()
+        self.engine.stop(conversation.name)
+        self.engine.forget(conversation.name)
+
+    def _build_api(self) -> None:
+        """Two endpoints for programs; gradio documents them by these functions' docstrings."""
+        answer = gr.Textbox(label="answer", visible=False)
+        gr.Button(visible=False).click(
+            self.ask,
+            [self.text, self.image, self.audio, self.length, self.temperature, self.conversation],
+            answer,
+            api_name="ask",
+            show_progress="hidden",
+        )
+        gr.Button(visible=False).click(
+            self.forget,
+            self.conversation,
+            None,
+            api_name="forget",
+            show_progress="hidden",
+        )
+
+    async def ask(
+        self,
+        text: str = "",
+        image: str | None = None,
+        audio: str | None = None,
+        length: float = 256,
+        temperature: float = 0.0,
+        conversation: Conversation | None = None,
+    ) -> AsyncIterator[str]:
+        """Ask phi-mm about text, a picture, a recording, or all of them; the answer grows.
+
+        Calls of one client (one session_hash) are one conversation.
+
+        Args:
+            text: the question; may be empty when a recording asks it.
+            image: a picture to look at.
+            audio: a recording to listen to.
+            length: most tokens of the answer.
+            temperature: 0 for the likeliest words.
+        """
+        conversation = conversation or Conversation()  # tools of the MCP endpoint have none
+        try:
+            conversation.ask(text, image, audio)
+            async for turn in conversation.answer(self.engine, length, temperature):
+                if turn.error:
+                    conversation.turns.pop()
+                    raise ValueError(turn.error)
+                yield turn.answer
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    def forget(self, conversation: Conversation | None = None) -> None:
+        """Forget this client's conversation."""
+        if conversation is not None:
+            self._drop(conversation)
+
+
+def _as_it_came(preprocess: Callable, payload: ImageData | None) -> str | None:
+    """The file that was uploaded, unopened: that it is no picture is told by the engine, in a
+    sentence, and in the conversation.
+    """
+    if payload is None or payload.path is None:
+        return preprocess(payload)
+    return payload.path
+
+
+def _place(index: int | list[int]) -> int:
+    """Of a message; a message of several parts has the part's place behind its own."""
+    return index if isinstance(index, int) else index[0]

@@ -1,0 +1,160 @@
+"""A conversation: what was asked and answered, for the model and for the page."""
+
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.generation import Answer, Event, Heard, Request, Text, Waiting
+from engine.service import Engine
+
+ENDED = {
+    "length": "cut at the length that is set",
+    "timeout": "cut, because it took too long",
+    "stopped": "stopped",
+}
+
+
+@dataclass
+class Turn:
+    """One question and its answer.
+
+    Attributes:
+        text: what was typed.
+        image, audio: paths of what was shown and said.
+        heard: what a recording was understood as, where the model is given its transcript.
+        answer: so far.
+        note: what is going on, and at the end what the answer took.
+        error: why there is no answer; such a turn is shown, and not said to the model again.
+    """
+
+    text: str = ""
+    image: str | None = None
+    audio: str | None = None
+    heard: str = ""
+    answer: str = ""
+    note: str = "thinking ..."
+    error: str = ""
+
+    def question(self) -> list[dict[str, str]]:
+        """The parts of the user's message."""
+        media = [("image", self.image), ("audio", self.audio), ("text", self.text)]
+        return [{"type": kind, kind: given} for kind, given in media if given]
+
+    def shown(self) -> list[dict[str, Any]]:
+        """Messages for the page."""
+        asked = [{"path": path} for path in (self.image, self.audio) if path]
+        asked += [f"*heard:* {self.heard}"] if self.heard else []
+        asked += [self.text] if self.text else []
+        said = [f"**{self.error}**"] if self.error else []
+        said += [self.answer] if self.answer else []
+        said += [f"*{self.note}*"] if self.note else []
+        questions = [{"role": "user", "content": part} for part in asked]
+        return [*questions, {"role": "assistant", "content": said}]
+
+    def take(self, event: Event) -> None:
+        """Notes what the engine says."""
+        if isinstance(event, Waiting):
+            self.note = f"waiting: number {event.place} in the queue"
+        elif isinstance(event, Heard):
+            # Earlier recordings come first; the last one is this turn's, if it has one.
+            self.heard = event.transcripts[-1] if self.audio else ""
+        elif isinstance(event, Text):
+            self.answer, self.note = event.text, "..."
+        elif isinstance(event, Answer):
+            self.answer, self.note = event.text, describe(event)
+
+    def fail(self, error: ValueError) -> None:
+        """Notes why there is no answer; files are named as the user knows them."""
+        self.error, self.note = str(error), ""
+        for path in filter(None, (self.image, self.audio)):
+            self.error = self.error.replace(path, Path(path).name)
+
+
+def describe(answer: Answer) -> str:
+    """What an answer took, in one line."""
+    if not answer.token_ids:
+        return ENDED[answer.ended]
+    words = [
+        f"media {answer.media_seconds:.1f} s",
+        f"first word after {answer.first_token_seconds:.1f} s",
+        f"{answer.tokens_per_second:.1f} tokens/s",
+        f"{answer.reused_tokens} of {answer.prompt_tokens} tokens from memory",
+    ]
+    if answer.ended in ENDED:
+        words.append(ENDED[answer.ended])
+    return " · ".join(words)
+
+
+@dataclass
+class Conversation:
+    """The turns so far, and from the first question on a name that nobody else has: gradio copies
+    the empty one for every visitor.
+    """
+
+    turns: list[Turn] = field(default_factory=list)
+    name: str = ""
+
+    def ask(self, text: str | None, image: str | None, audio: str | None) -> None:
+        """Adds a question.
+
+        Raises:
+            ValueError: nothing is asked.
+        """
+        text = (text or "").strip()
+        if not text and audio is None:
+            raise ValueError("got no question: type one, or record one")
+        self.name = self.name or uuid.uuid4().hex
+        self.turns.append(Turn(text, image, audio))
+
+    def go_back(self, message: int) -> None:
+        """Forgets everything after a question.
+
+        Args:
+            message: place of one of its messages in `shown()`.
+        """
+        turns = [number for number, turn in enumerate(self.turns) for _ in turn.shown()]
+        asked = self.turns[turns[message]]
+        # A new turn: the old one may still be written to.
+        self.turns[turns[message] :] = [Turn(asked.text, asked.image, asked.audio)]
+
+    async def answer(
+        self, engine: Engine, max_new_tokens: int, temperature: float
+    ) -> AsyncIterator[Turn]:
+        """Answers the last question; yields its turn whenever there is something new in it.
+
+        What goes wrong is noted in the turn, and the conversation can go on.
+        """
+        turn = self.turns[-1]
+        yield turn
+        request = Request(self.name, self.messages(), int(max_new_tokens), float(temperature))
+        try:
+            async with aclosing(engine.stream(request)) as events:
+                async for event in events:
+                    turn.take(event)
+                    yield turn
+        except ValueError as error:
+            turn.fail(error)
+            yield turn
+
+    def messages(self) -> list[dict[str, Any]]:
+        """For the model: all turns that were answered, and the last question."""
+        answered = [turn for turn in self.turns[:-1] if turn.answer]
+        said = [
+            message
+            for turn in answered
+            for message in (
+                {"role": "user", "content": turn.question()},
+                {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]},
+            )
+        ]
+        return [*said, {"role": "user", "content": self.turns[-1].question()}]
+
+    def shown(self) -> list[dict[str, Any]]:
+        """For the page: a message for each part of a question, and one for its answer.
+
+        A question is not one message of several parts, which gradio 6.31 cannot edit.
+        """
+        return [message for turn in self.turns for message in turn.shown()]

@@ -1,0 +1,76 @@
+"""What the owner sets, by environment variables; README.md lists them."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.precision import AUTO, ON_CPU, ON_GPU
+from engine.service import Limits
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+MEGABYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set.
+
+    Attributes:
+        model: the artefact, a folder or a Hub id.
+        revision: the commit of a Hub id.
+        precision: one of engine.precision's, or "auto".
+        media_bytes, prefix_bytes: memory for what was seen and heard, and for conversations.
+        limits: of queue and time.
+    """
+
+    model: str
+    revision: str | None
+    precision: str
+    media_bytes: int
+    prefix_bytes: int
+    limits: Limits
+
+    @classmethod
+    def read(cls, given: Mapping[str, str] = os.environ) -> "Settings":
+        """The settings in the environment.
+
+        Raises:
+            ValueError: the model is missing or not pinned, or a value is none.
+        """
+        model, revision = given.get("PHI_MM_MODEL"), given.get("PHI_MM_REVISION")
+        if not model:
+            raise ValueError("got no PHI_MM_MODEL, expected an artefact: a folder or a Hub id")
+        if not Path(model).is_dir() and not COMMIT.fullmatch(revision or ""):
+            raise ValueError(
+                f"got PHI_MM_MODEL={model}, which is no folder here, with PHI_MM_REVISION="
+                f"{revision}, expected the 40 digits of a commit on the Hub: the model's code is "
+                "run, and must not change without the owner"
+            )
+        precision = given.get("PHI_MM_PRECISION", AUTO)
+        if precision not in (AUTO, *ON_GPU, *ON_CPU):
+            raise ValueError(
+                f"got PHI_MM_PRECISION={precision}, expected one of {AUTO}, "
+                f"{', '.join((*ON_GPU, *ON_CPU))}"
+            )
+        limits = Limits(
+            _number(given, "PHI_MM_WAITING", Limits.waiting),
+            _number(given, "PHI_MM_WAIT_SECONDS", Limits.wait_seconds),
+            _number(given, "PHI_MM_ANSWER_SECONDS", Limits.answer_seconds),
+        )
+        return cls(
+            model=model,
+            revision=revision,
+            precision=precision,
+            media_bytes=_number(given, "PHI_MM_MEDIA_MB", 256) * MEGABYTE,
+            prefix_bytes=_number(given, "PHI_MM_PREFIX_MB", 1024) * MEGABYTE,
+            limits=limits,
+        )
+
+
+def _number(given: Mapping[str, str], name: str, default: float) -> int:
+    text = given.get(name, str(round(default)))
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"got {name}={text}, expected a whole number of 1 or more")
+    return int(text)

@@ -1,0 +1,81 @@
+"""Which precision is chosen, what it is predicted to need, and what int8 layers compute."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from engine.int8 import Int8Linear, quantize_linears
+from engine.loading import load
+from engine.precision import WORKING_BYTES, choose
+from torch import nn
+
+
+def test_int8_is_close_and_each_token_is_computed_alone() -> None:
+    torch.manual_seed(0)
+    for bias in (True, False):
+        linear = nn.Linear(96, 64, bias=bias)
+        rounded = Int8Linear(linear)
+        states = torch.randn(2, 7, 96) * torch.logspace(-3, 3, 7)[:, None]
+        states[0, 0] = 0
+        exact, close = linear(states), rounded(states)
+        error = (close - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-9)
+        assert close.shape == exact.shape and error.max() < 0.03
+        alone = torch.stack([rounded(row[None])[0] for row in states.reshape(-1, 96)])
+        torch.testing.assert_close(close.reshape(-1, 64), alone, rtol=0, atol=0)
+
+
+def test_layers_of_lora_are_left() -> None:
+    root = nn.ModuleDict(
+        {
+            "base_layer": nn.Linear(4, 4),
+            "lora_A": nn.ModuleDict({"image_adapter": nn.Linear(4, 2)}),
+            "inner": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)),
+        }
+    )
+    quantize_linears(root)
+    assert isinstance(root["base_layer"], Int8Linear)
+    assert isinstance(root["inner"][0], Int8Linear)
+    assert type(root["lora_A"]["image_adapter"]) is nn.Linear
+
+
+def test_memory_is_predicted_from_the_config(artefact: Path) -> None:
+    model, _ = load(str(artefact), None, "fp32")
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    linear = 2 * (4 * 32 * 32 + 2 * 32 * 64)  # of each of two layers: attention, MLP
+    plain = choose(str(artefact), None, "fp32", stores=1000, free=1 << 40)
+    assert plain.memory.serving == weights + WORKING_BYTES + 1000
+    assert plain.memory.loading == weights + WORKING_BYTES
+    small = choose(str(artefact), None, "auto", stores=0, free=1 << 40)
+    assert small.precision == "int8"
+    linear += 300 * 32  # and the head
+    assert small.memory.serving == round(weights - 4 * linear + 1.01 * linear) + WORKING_BYTES
+    assert small.memory.loading == weights + 9 * 300 * 32 + WORKING_BYTES
+    assert str(small).startswith("int8: the quickest on a CPU; predicted 0.6")
+
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="only Linux tells what is mapped into memory")
+def test_int8_leaves_nothing_of_the_file_in_memory(artefact: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(artefact, tmp_path / "artefact")
+    model, _ = load(str(copied), None, "int8")
+    assert isinstance(model.lm_head, Int8Linear)
+    assert str(copied) not in MAPS.read_text()
+    plain, _ = load(str(copied), None, "fp32")
+    assert str(copied) in MAPS.read_text()
+
+
+def test_what_does_not_fit_is_refused_with_the_remedy(artefact: Path) -> None:
+    where = (str(artefact), None)
+    need = choose(*where, "fp32", 0, 1 << 40).memory.peak
+    with pytest.raises(ValueError, match="got 0.00 GB of free .* take a larger machine, or serve"):
+        choose(*where, "auto", stores=0, free=0)
+    stores = 1 << 20
+    fits = choose(*where, "int8", stores, 1 << 40).memory.peak
+    assert fits < need + stores
+    with pytest.raises(ValueError, match="in fp32: set PHI_MM_PRECISION=int8, or serve a smaller"):
+        choose(*where, "fp32", stores, fits)
+    with pytest.raises(ValueError, match="'nf4' on a machine with no GPU, expected auto or one of"):
+        choose(*where, "nf4", stores=0)

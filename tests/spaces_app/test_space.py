@@ -1,0 +1,190 @@
+"""The whole Space in a process of its own, started as users start it: page, API, health."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine.loading import load
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from settings import Settings
+
+from .conftest import assistant, plainly, user
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "spaces_app" / "examples"
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+def get(url: str, body: dict | None = None) -> tuple[int, bytes]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+@pytest.fixture(scope="module")
+def url(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where `phi-mm serve` serves the artefact."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("serve")
+    env = {
+        **os.environ,
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_TEMP_DIR": str(folder / "uploads"),
+        "HF_HUB_OFFLINE": "1",
+        "PHI_MM_PREFIX_MB": "8",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "phi_mm.cli", "serve", str(artefact), "--port", str(port)]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                if get(f"{address}/ready")[0] == 200:
+                    break
+            except OSError:
+                pass
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # the process and the Space that it started
+        process.wait()
+    assert "int8: the quickest on a CPU" in (folder / "log").read_text()
+
+
+def test_health_and_readiness(url: str, artefact: Path) -> None:
+    expected = {
+        "state": f"Ready: {artefact.name} in int8, sees pictures and hears recordings.",
+        "waiting": 0,
+        "answering": False,
+    }
+    for route in ("health", "ready"):
+        status, body = get(f"{url}/{route}")
+        assert (status, json.loads(body)) == (200, expected)
+    status, body = get(url)
+    assert status == 200 and b"phi-mm" in body
+
+
+def test_answers_are_the_models_own_over_several_turns(
+    url: str, artefact: Path, media: Path
+) -> None:
+    model, processor = load(str(artefact), None, "int8")
+
+    def expected(messages: list[dict]) -> str:
+        return processor.tokenizer.decode(plainly(model, processor, messages, 16)).strip()
+
+    clients = Client(url, verbose=False), Client(url, verbose=False)
+    first = [user(f"{media}/0.png", f"{media}/1.wav", "what?")]
+    for client in clients:
+        given = {"image": handle_file(f"{media}/0.png"), "audio": handle_file(f"{media}/1.wav")}
+        answer = client.predict(text="what?", **given, length=16, api_name="/ask")
+        assert answer == expected(first)
+    second = [*first, assistant(answer), user("and then?")]
+    job = clients[0].submit(text="and then?", length=16, api_name="/ask")
+    grown = list(job)
+    assert grown[-1] == expected(second)
+    assert len(grown) > 3
+    clients[1].predict(api_name="/forget")
+    alone = clients[1].predict(text="and then?", length=16, api_name="/ask")
+    assert alone == expected([user("and then?")])
+
+
+def test_curl_is_enough(url: str, artefact: Path) -> None:
+    """As README.md of the Space has it, with a conversation that goes on."""
+    model, processor = load(str(artefact), None, "int8")
+    messages = []
+    for question in ("hello", "again"):
+        messages.append(user(question))
+        body = {"data": [question, None, None, 16, 0], "session_hash": "my-conversation"}
+        status, answer = get(f"{url}/gradio_api/call/ask", body)
+        assert status == 200
+        _, stream = get(f"{url}/gradio_api/call/ask/{json.loads(answer)['event_id']}")
+        event, data = stream.decode().strip().split("\n\n")[-1].split("\n")
+        assert event == "event: complete"
+        text = json.loads(data.removeprefix("data: "))[0]
+        ids = plainly(model, processor, messages, 16)
+        assert text == processor.tokenizer.decode(ids).strip()
+        messages.append(assistant(text))
+
+
+def test_errors_are_sentences_and_the_conversation_survives(url: str, tmp_path: Path) -> None:
+    client = Client(url, verbose=False)
+    before = client.predict(text="hello", length=16, api_name="/ask")
+    with pytest.raises(AppError, match="got no question: type one, or record one"):
+        client.predict(text="  ", length=16, api_name="/ask")
+    (tmp_path / "mine.png").write_text("no picture")
+    with pytest.raises(AppError, match="got the image 'mine.png', expected a picture that can be"):
+        client.predict(text="x", image=handle_file(str(tmp_path / "mine.png")), api_name="/ask")
+    (tmp_path / "mine.wav").write_text("no sound")
+    with pytest.raises(AppError, match="got the audio 'mine.wav', expected a recording that can"):
+        client.predict(text="x", audio=handle_file(str(tmp_path / "mine.wav")), api_name="/ask")
+    with pytest.raises(AppError, match="conversation of .* tokens, expected fewer than 2048"):
+        client.predict(text="x" * 2100, api_name="/ask")
+    after = client.predict(text="hello", length=16, api_name="/ask")
+    other = Client(url, verbose=False)
+    assert other.predict(text="hello", length=16, api_name="/ask") == before
+    assert other.predict(text="hello", length=16, api_name="/ask") == after
+
+
+def test_files_of_the_server_are_not_opened(url: str) -> None:
+    passwords = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    for media in ([passwords, None], [None, passwords]):
+        body = {"data": ["what?", *media, 16, 0]}
+        _, answer = get(f"{url}/gradio_api/call/ask", body)
+        _, stream = get(f"{url}/gradio_api/call/ask/{json.loads(answer)['event_id']}")
+        assert b"event: error" in stream and b"expected a" not in stream
+
+
+def test_only_what_is_documented_can_be_called(url: str) -> None:
+    api = Client(url, verbose=False).view_api(return_format="dict", print_info=False)
+    assert list(api["named_endpoints"]) == ["/ask", "/forget"]
+    names = [p["parameter_name"] for p in api["named_endpoints"]["/ask"]["parameters"]]
+    assert names == ["text", "image", "audio", "length", "temperature"]
+    assert "picture" in api["named_endpoints"]["/ask"]["description"]
+
+
+def test_examples_are_there_and_are_those_of_the_command(tmp_path: Path, capsys) -> None:
+    from phi_mm.cli import main
+
+    lines = (EXAMPLES / "examples.tsv").read_text().splitlines()
+    named = {name for line in lines for name in line.split("\t")[1:] if name}
+    assert {path.name for path in EXAMPLES.iterdir()} == {*named, "examples.tsv"}
+    main(["tiny", "examples", str(tmp_path)])
+    for path in EXAMPLES.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+    assert capsys.readouterr().out.count("\n") == len(lines) == 5
+
+
+def test_settings_say_what_is_wrong(artefact: Path) -> None:
+    good = Settings.read({"PHI_MM_MODEL": str(artefact), "PHI_MM_WAITING": "3"})
+    assert (good.limits.waiting, good.precision, good.media_bytes) == (3, "auto", 256 << 20)
+    assert Settings.read({"PHI_MM_MODEL": "a/b", "PHI_MM_REVISION": COMMIT}).revision == COMMIT
+    for given, message in (
+        ({}, "got no PHI_MM_MODEL, expected an artefact"),
+        ({"PHI_MM_MODEL": "a/b"}, "REVISION=None, expected the 40 digits of a commit"),
+        ({"PHI_MM_MODEL": "a/b", "PHI_MM_REVISION": "main"}, "REVISION=main, expected the 40"),
+        ({"PHI_MM_MODEL": str(artefact), "PHI_MM_PRECISION": "int4"}, "int4, expected one of auto"),
+        ({"PHI_MM_MODEL": str(artefact), "PHI_MM_WAITING": "0"}, "got PHI_MM_WAITING=0, expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Settings.read(given)
