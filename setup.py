@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 
 CORE = [
     "accelerate>=1.15",
-    "huggingface_hub>=1.0",
+    "huggingface_hub>=2.4",
     "librosa>=0.11",
     "numpy>=1.26",
     "pillow>=11.0",
