@@ -14,8 +14,12 @@ from engine.generation import Answer, Ending, Generator, Heard, Interrupted, Req
 from engine.loading import load
 from engine.prefix import common_prefix
 from engine.zero import LentGenerator, estimate
+from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+
+from phi_mm.assembly import LORA_TARGETS
+from phi_mm.hub.export import save_artefact
 
 from .conftest import assistant, plainly, user
 
@@ -303,6 +307,31 @@ def test_lora_by_modality_and_long_rope_make_another_prefix(loaded, media: Path)
     assert shared(long, then["text"]) == 0
     long.text_config.rope_parameters["original_max_position_embeddings"] = 2000
     assert shared(long, then["text"]) > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_lora_by_modality_answers_as_without_memory(
+    make_phi_mm: Callable, media: Path, tmp_path: Path, precision: str
+) -> None:
+    model, processor = make_phi_mm()
+    targets = LORA_TARGETS["phi"]
+    lora = {m: LoraConfig(r=4, target_modules=targets) for m in ("image", "audio")}
+    model.add_modality_adapters(lora)
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    save_artefact(model, processor, tmp_path / "artefact")
+    apart, processor = load(str(tmp_path / "artefact"), None, precision)
+    generator = Generator(apart, processor, PLENTY, PLENTY)
+    messages, reused = [], []
+    for question in (["hello"], [f"{media}/0.png", "what?"], ["and now?"], [f"{media}/1.wav"]):
+        messages.append(user(*question))
+        answer = generator.answer(Request("one", messages, 8), lambda e: None, ending())
+        assert answer.token_ids == plainly(apart, processor, messages, 8), question
+        reused.append(answer.reused_tokens > 0)
+        messages.append(assistant(answer.text))
+    # A picture, and later a recording, bring in an adapter that the turns before did not meet.
+    assert reused == [False, False, True, False]
 
 
 def test_a_lent_gpu_answers_alike(generator: Generator, loaded, media: Path) -> None:
