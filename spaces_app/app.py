@@ -20,6 +20,7 @@ from engine.precision import choose
 from engine.service import Engine
 from engine.zero import LentGenerator
 from pages.chat import CSS, ChatPage
+from records.store import Store
 from settings import Settings
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -41,7 +42,8 @@ def make_generator(settings: Settings) -> Generator | LentGenerator:
     log.info("%s", choice)
     model, processor = load(settings.model, settings.revision, choice.precision)
     about = f"{Path(settings.model).name} in {choice.precision}, {_senses(model)}"
-    generator = Generator(model, processor, settings.media_bytes, settings.prefix_bytes, about)
+    budgets = settings.media_bytes, settings.prefix_bytes
+    generator = Generator(model, processor, *budgets, about, choice.precision)
     return LentGenerator(generator, spaces.GPU) if ON_ZERO_GPU else generator
 
 
@@ -73,11 +75,15 @@ def _answer(engine: Engine, good: bool) -> JSONResponse:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    lines = logging.StreamHandler()  # of JSON, as they are
+    logging.getLogger("phi-mm.requests").addHandler(lines)
+    logging.getLogger("phi-mm.requests").propagate = False
     try:
         settings = Settings.read()
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
-    engine = Engine(lambda: make_generator(settings), settings.limits)
+    store = Store(settings.store, settings.log_rows) if settings.store else None
+    engine = Engine(lambda: make_generator(settings), settings.limits, store)
     engine.start()
     if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
         engine.wait_until_loaded()

@@ -23,6 +23,7 @@ class Settings:
         precision: one of engine.precision's, or "auto".
         media_bytes, prefix_bytes: memory for what was seen and heard, and for conversations.
         limits: of queue and time.
+        store, log_rows: folder of the records of requests, None to keep none, and how many to keep.
     """
 
     model: str
@@ -31,6 +32,8 @@ class Settings:
     media_bytes: int
     prefix_bytes: int
     limits: Limits
+    store: Path | None
+    log_rows: int
 
     @classmethod
     def read(cls, given: Mapping[str, str] = os.environ) -> "Settings":
@@ -66,6 +69,8 @@ class Settings:
             media_bytes=_number(given, "PHI_MM_MEDIA_MB", 256) * MEGABYTE,
             prefix_bytes=_number(given, "PHI_MM_PREFIX_MB", 1024) * MEGABYTE,
             limits=limits,
+            store=Path(given["PHI_MM_STORE"]) if given.get("PHI_MM_STORE") else None,
+            log_rows=_number(given, "PHI_MM_LOG_ROWS", 100_000),
         )
 
 

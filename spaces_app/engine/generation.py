@@ -27,12 +27,14 @@ class Request:
         messages: all turns, the last one the user's; content is a list of parts.
         max_new_tokens: longest answer.
         temperature: 0 for the likeliest words, more for chance.
+        keep: the user allows the owner to keep the question and its answer.
     """
 
     conversation: str
     messages: list[dict[str, Any]]
     max_new_tokens: int = 256
     temperature: float = 0.0
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,13 @@ class Waiting:
     """The request waits; `place` 1 is the next to be answered."""
 
     place: int
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The request waits no longer, since `at` of `time.monotonic()`."""
+
+    at: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Answer:
         return (len(self.token_ids) - 1) / max(self.total_seconds - self.first_token_seconds, 1e-9)
 
 
-Event = Waiting | Heard | Text | Answer
+Event = Waiting | Begun | Heard | Text | Answer
 
 
 class Interrupted(Exception):
@@ -118,6 +127,7 @@ class Generator:
         media_budget: bytes of tower outputs to keep.
         prefix_budget: bytes of keys and values to keep.
         about: what it is, in a few words for the page.
+        precision: of the model, for the records.
     """
 
     def __init__(
@@ -127,8 +137,10 @@ class Generator:
         media_budget: int,
         prefix_budget: int,
         about: str = "a model",
+        precision: str = "fp32",
     ):
-        self.model, self.processor, self.about = model, processor, about
+        self.model, self.processor = model, processor
+        self.about, self.precision = about, precision
         self.reader = PromptReader(model, processor, media_budget)
         self.prefixes = PrefixStore(model.config, prefix_budget)
 

@@ -12,7 +12,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from .generation import Answer, Ending, Event, Generator, Interrupted, Request, Waiting
+from records.entry import Entry
+from records.journal import Journal
+from records.store import Store
+
+from .generation import Answer, Begun, Ending, Event, Generator, Interrupted, Request, Waiting
 from .turns import Turns
 from .zero import LentGenerator
 
@@ -35,6 +39,19 @@ class Limits:
     answer_seconds: float = 180.0
 
 
+class NoAnswer(ValueError):
+    """There is no answer, and not because of the request; other ValueErrors are about that.
+
+    Attributes:
+        outcome: "timeout" or "failed".
+        error: class of what went wrong.
+    """
+
+    def __init__(self, message: str, outcome: str, error: Exception):
+        super().__init__(message)
+        self.outcome, self.error = outcome, type(error).__name__
+
+
 @dataclass(eq=False)
 class _Ticket:
     """A request on its way, how to tell the one who asked, and the context of the asking, in which
@@ -53,12 +70,18 @@ class Engine:
     Args:
         load: makes the generator; called in the engine's thread, so that the page is up meanwhile.
         limits: of queue and time.
+        store: takes a record of each request; None for the console alone.
     """
 
-    def __init__(self, load: Callable[[], Generator | LentGenerator], limits: Limits):
-        self.load, self.limits = load, limits
+    def __init__(
+        self,
+        load: Callable[[], Generator | LentGenerator],
+        limits: Limits,
+        store: Store | None = None,
+    ):
+        self.load, self.limits, self.journal = load, limits, Journal(store)
         self.generator: Generator | LentGenerator | None = None
-        self.failure: str | None = None  # why the model could not be loaded
+        self.failure: NoAnswer | None = None  # why the model could not be loaded
         self._turns: Turns[_Ticket] = Turns(limits.waiting)
         self._open: set[_Ticket] = set()  # of all who listen
         self._answering = False
@@ -77,6 +100,7 @@ class Engine:
         for ticket in list(self._open):
             ticket.stop.set()
         self._thread.join()
+        self.journal.close()
 
     @property
     def alive(self) -> bool:
@@ -97,7 +121,7 @@ class Engine:
     def describe(self) -> str:
         """In a sentence, what to expect of it."""
         if self.failure is not None:
-            return self.failure
+            return str(self.failure)
         if self.loading:
             return "The model is being loaded; questions wait until it is there."
         return f"Ready: {self.generator.about}." if self.alive else "Closed."
@@ -111,15 +135,44 @@ class Engine:
         return self._answering
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
-        """Queues a request and yields what happens to it, an `Answer` last.
+        """Queues a request and yields what happens to it, an `Answer` last; its record is written
+        before that.
 
         Whoever stops to iterate ends the answer: `aclose()` it, or cancel the task it runs in.
 
         Raises:
             ValueError: the request was turned away, or cannot be answered; says what to do.
         """
+        entry = Entry(request)
+        try:
+            async with contextlib.aclosing(self._events(request)) as events:
+                async for event in events:
+                    entry.take(event)
+                    if isinstance(event, Answer):
+                        break
+                    yield event
+        except NoAnswer as error:
+            await self._record(entry, error.outcome, error.error)
+            raise
+        except ValueError as error:
+            await self._record(entry, "refused", type(error.__cause__ or error).__name__)
+            raise
+        except (GeneratorExit, asyncio.CancelledError):  # whoever asked is gone
+            self.journal.submit(*entry.end("stopped", "", self._precision))
+            raise
+        await self._record(entry, event.ended, "")
+        yield event
+
+    async def _record(self, entry: Entry, outcome: str, error: str) -> None:
+        await self.journal.write(*entry.end(outcome, error, self._precision))
+
+    @property
+    def _precision(self) -> str:
+        return "" if self.generator is None else self.generator.precision
+
+    async def _events(self, request: Request) -> AsyncIterator[Event]:
         if self.failure is not None:
-            raise ValueError(self.failure)
+            raise self.failure.with_traceback(None)  # or it grows with every question
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
         def tell(event: Event | Exception) -> None:
@@ -183,10 +236,11 @@ class Engine:
             self._loaded.set()
         except Exception as error:
             log.exception("the model could not be loaded")
-            self.failure = f"the model could not be loaded: {error}"
+            words = f"the model could not be loaded: {error}"
+            self.failure = NoAnswer(words, "failed", error)
             self._loaded.set()
             for ticket in self._turns.in_order():
-                ticket.tell(ValueError(self.failure))
+                ticket.tell(self.failure)
             return
         while not self._closed.is_set():
             ticket = self._turns.take(timeout=0.5)
@@ -195,6 +249,7 @@ class Engine:
             if ticket is not None:
                 self._tell_places()
                 self._answering = True
+                ticket.tell(Begun(time.monotonic()))
                 ticket.tell(ticket.context.run(self._outcome, ticket))
                 self._answering = False
 
@@ -204,17 +259,21 @@ class Engine:
             return self.generator.answer(ticket.request, ticket.tell, ending)
         except ValueError as error:  # by the house rule, what is wrong with the request
             return error
-        except Interrupted:
+        except Interrupted as error:
             if ticket.stop.is_set():
                 return NOTHING_SAID
-            return ValueError(
+            return NoAnswer(
                 f"no word came within {self.limits.answer_seconds:.0f} s: ask with fewer or "
-                "shorter pictures and recordings"
+                "shorter pictures and recordings",
+                "timeout",
+                error,
             )
         except Exception as error:
             log.exception("a request failed")
             self.generator.free()
-            return ValueError(
+            return NoAnswer(
                 f"the model failed on this question ({type(error).__name__}): ask again, or clear "
-                "the conversation"
+                "the conversation",
+                "failed",
+                error,
             )

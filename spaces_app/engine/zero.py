@@ -28,7 +28,8 @@ class LentGenerator:
     """
 
     def __init__(self, generator: Generator, lend: Callable):
-        self.generator, self.about = generator, generator.about
+        self.generator = generator
+        self.about, self.precision = generator.about, generator.precision
         self._lent = lend(self._stream, duration=lambda request, _: estimate(request))
 
     def answer(self, request: Request, emit: Callable[[Event], None], ending: Ending) -> Answer:

@@ -96,6 +96,17 @@ class ChatPage:
                     self.length = gr.Slider(
                         16, 512, value=256, step=16, label="Longest answer", info="in tokens"
                     )
+                stored = self.engine.journal.store is not None
+                self.keep = gr.Checkbox(
+                    False,
+                    label="The owner may keep what I ask and show, and the answers",
+                    info="Otherwise only numbers are kept: times, lengths, what went wrong.",
+                    visible=stored,
+                    elem_id="keep",
+                )
+                self.delete = gr.Button(
+                    "Delete this conversation and what is kept of it", size="sm", visible=stored
+                )
             with gr.Column(scale=1, min_width=220):
                 self.image = gr.Image(
                     label="Picture",
@@ -125,7 +136,7 @@ class ChatPage:
         )
 
     def _connect(self) -> None:
-        settings = [self.length, self.temperature]
+        settings = [self.length, self.temperature, self.keep]
         private = {"api_visibility": "private", "show_progress": "hidden"}
         fields = [self.text, self.image, self.audio]
         gr.on(
@@ -147,9 +158,12 @@ class ChatPage:
             queue=False,
             **private,
         )
+        self.delete.click(
+            self._delete, self.conversation, [self.talk, *fields], queue=False, **private
+        )
 
     async def _send(
-        self, text, image, audio, length, temperature, conversation: Conversation
+        self, text, image, audio, length, temperature, keep, conversation: Conversation
     ) -> AsyncIterator[tuple]:
         try:
             conversation.ask(text, image, audio)
@@ -158,25 +172,25 @@ class ChatPage:
             yield (gr.skip(),) * 4
             return
         fields = "", None, None
-        async for _ in conversation.answer(self.engine, length, temperature):
+        async for _ in conversation.answer(self.engine, length, temperature, keep):
             yield conversation.shown(), *fields
             fields = (gr.skip(),) * 3  # what is typed meanwhile stays
 
     async def _retry(
-        self, length, temperature, conversation: Conversation, asked: gr.RetryData
+        self, length, temperature, keep, conversation: Conversation, asked: gr.RetryData
     ) -> AsyncIterator[list]:
         self.engine.stop(conversation.name)
         conversation.go_back(_place(asked.index))
-        async for _ in conversation.answer(self.engine, length, temperature):
+        async for _ in conversation.answer(self.engine, length, temperature, keep):
             yield conversation.shown()
 
     async def _edit(
-        self, length, temperature, conversation: Conversation, asked: gr.EditData
+        self, length, temperature, keep, conversation: Conversation, asked: gr.EditData
     ) -> AsyncIterator[list]:
         self.engine.stop(conversation.name)
         conversation.go_back(_place(asked.index))
         conversation.turns[-1].text = asked.value
-        async for _ in conversation.answer(self.engine, length, temperature):
+        async for _ in conversation.answer(self.engine, length, temperature, keep):
             yield conversation.shown()
 
     def _stop(self, conversation: Conversation) -> None:
@@ -185,6 +199,16 @@ class ChatPage:
     def _clear(self, conversation: Conversation) -> tuple:
         self._drop(conversation)
         return [], "", None, None
+
+    async def _delete(self, conversation: Conversation) -> tuple:
+        cleared = self._clear(conversation)
+        try:
+            await self.engine.journal.delete(conversation.name)
+        except ValueError as error:
+            gr.Warning(str(error))
+            return cleared
+        conversation.name = ""  # what is asked next is another conversation
+        return cleared
 
     def _drop(self, conversation: Conversation) -> None:
         conversation.turns.clear()

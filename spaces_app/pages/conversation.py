@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.generation import Answer, Event, Heard, Request, Text, Waiting
+from engine.generation import Answer, Begun, Event, Heard, Request, Text, Waiting
 from engine.service import Engine
 
 ENDED = {
@@ -58,6 +58,8 @@ class Turn:
         """Notes what the engine says."""
         if isinstance(event, Waiting):
             self.note = f"waiting: number {event.place} in the queue"
+        elif isinstance(event, Begun):
+            self.note = "thinking ..."
         elif isinstance(event, Heard):
             # Earlier recordings come first; the last one is this turn's, if it has one.
             self.heard = event.transcripts[-1] if self.audio else ""
@@ -121,15 +123,18 @@ class Conversation:
         self.turns[turns[message] :] = [Turn(asked.text, asked.image, asked.audio)]
 
     async def answer(
-        self, engine: Engine, max_new_tokens: int, temperature: float
+        self, engine: Engine, max_new_tokens: int, temperature: float, keep: bool = False
     ) -> AsyncIterator[Turn]:
         """Answers the last question; yields its turn whenever there is something new in it.
 
         What goes wrong is noted in the turn, and the conversation can go on.
+
+        Args:
+            keep: the user allows the owner to keep the question and its answer.
         """
         turn = self.turns[-1]
         yield turn
-        request = Request(self.name, self.messages(), int(max_new_tokens), float(temperature))
+        request = Request(self.name, self.messages(), int(max_new_tokens), float(temperature), keep)
         try:
             async with aclosing(engine.stream(request)) as events:
                 async for event in events:

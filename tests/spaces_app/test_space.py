@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ def url(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         "GRADIO_TEMP_DIR": str(folder / "uploads"),
         "HF_HUB_OFFLINE": "1",
         "PHI_MM_PREFIX_MB": "8",
+        "PHI_MM_STORE": str(folder / "store"),
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-m", "phi_mm.cli", "serve", str(artefact), "--port", str(port)]
@@ -69,7 +71,12 @@ def url(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     finally:
         os.killpg(process.pid, signal.SIGTERM)  # the process and the Space that it started
         process.wait()
-    assert "int8: the quickest on a CPU" in (folder / "log").read_text()
+    log = (folder / "log").read_text()
+    assert "int8: the quickest on a CPU" in log
+    told = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    with sqlite3.connect(folder / "store" / "requests.sqlite3") as store:
+        rows = store.execute("SELECT id, precision, question, answer FROM requests").fetchall()
+    assert rows == [(line["id"], "int8", None, None) for line in told] and rows
 
 
 def test_health_and_readiness(url: str, artefact: Path) -> None:

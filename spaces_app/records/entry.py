@@ -1,0 +1,60 @@
+"""One request while it is being answered: becomes its record."""
+
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+from engine.generation import Answer, Begun, Event, Request, Text
+
+from .store import Content, Record
+
+
+class Entry:
+    """Notes what happens to a request.
+
+    Args:
+        request: just asked.
+    """
+
+    def __init__(self, request: Request):
+        self.request = request
+        self._question = request.messages[-1]["content"]
+        self._asked, self._begun = time.monotonic(), None
+        self._text = ""
+        self.record = Record(
+            id=uuid.uuid4().hex,
+            conversation=request.conversation,
+            time=time.time(),
+            images=len(self._parts("image")),
+            recordings=len(self._parts("audio")),
+        )
+
+    def take(self, event: Event) -> None:
+        """Notes an event of the engine's stream."""
+        if isinstance(event, Begun):
+            self._begun = event.at
+        elif isinstance(event, (Text, Answer)):
+            self._text = event.text
+        if isinstance(event, Answer):
+            record = self.record
+            record.prompt_tokens, record.reused_tokens = event.prompt_tokens, event.reused_tokens
+            record.new_tokens, record.encoded_media = len(event.token_ids), event.encoded_media
+            record.media_seconds = event.media_seconds
+            record.first_token_seconds = event.first_token_seconds
+
+    def end(self, outcome: str, error: str, precision: str) -> tuple[Record, Content | None]:
+        """The record, and with the user's consent the content."""
+        now, record = time.monotonic(), self.record
+        record.outcome, record.error, record.precision = outcome, error, precision
+        record.waited_seconds = (now if self._begun is None else self._begun) - self._asked
+        record.total_seconds = now - self._asked
+        record.resident_bytes = psutil.Process().memory_info().rss
+        if not self.request.keep:
+            return record, None
+        media = [*self._parts("image"), *self._parts("audio")]
+        there = [path for path in media if Path(path).is_file()]
+        return record, Content("\n".join(self._parts("text")), self._text, there)
+
+    def _parts(self, kind: str) -> list[str]:
+        return [part[kind] for part in self._question if part["type"] == kind]

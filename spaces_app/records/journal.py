@@ -1,0 +1,91 @@
+"""Writing records down without ever standing in the way of an answer."""
+
+import asyncio
+import json
+import logging
+import sqlite3
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+
+from .store import Content, Record, Store
+
+log = logging.getLogger("phi-mm")
+requests = logging.getLogger("phi-mm.requests")
+MOST_PENDING = 256  # records in memory while the disk is slow
+WRITE_SECONDS = 2.0  # that an answer waits for its record
+
+
+class Journal:
+    """Writes each record to the console and, where there is one, to the store.
+
+    Args:
+        store: takes the records; None for the console alone.
+    """
+
+    def __init__(self, store: Store | None):
+        self.store = store
+        self._deleted: set[str] = set()  # answers that were under way then write their record later
+        self._pending = threading.BoundedSemaphore(MOST_PENDING)
+        self._thread = ThreadPoolExecutor(1, "journal")
+        self._lost = 0  # records since the store failed
+
+    async def write(self, record: Record, content: Content | None) -> None:
+        """As `submit`; returns when the record is on the disk, could not be written, or the disk
+        is too slow to wait for.
+        """
+        if (future := self.submit(record, content)) is not None:
+            await asyncio.wait([asyncio.wrap_future(future)], timeout=WRITE_SECONDS)
+
+    def submit(self, record: Record, content: Content | None) -> Future | None:
+        """Writes the line for the console now, and the row soon; None when there will be no row."""
+        requests.info("%s", json.dumps(asdict(record)))
+        if self.store is None:
+            return None
+        if not self._pending.acquire(blocking=False):
+            self._lose(f"{MOST_PENDING} records wait for the disk")
+            return None
+        return self._thread.submit(self._add, record, content)
+
+    async def delete(self, conversation: str) -> None:
+        """Removes all that is kept of a conversation; what comes later of it is not kept either.
+
+        Raises:
+            ValueError: it could not be removed; says what to do.
+        """
+        self._deleted.add(conversation)
+        if self.store is None:
+            return
+        try:
+            await asyncio.wrap_future(self._thread.submit(self.store.delete, conversation))
+        except (OSError, sqlite3.Error) as error:
+            log.error("conversation %s could not be deleted: %s", conversation, error)
+            raise ValueError(
+                f"what is kept could not be deleted now: try again, or give the Space's owner "
+                f"the conversation's name, {conversation}"
+            ) from None
+
+    def close(self) -> None:
+        """Writes what is pending."""
+        self._thread.shutdown()
+        if self.store is not None:
+            self.store.close()
+
+    def _add(self, record: Record, content: Content | None) -> None:
+        try:
+            if record.conversation not in self._deleted:
+                self.store.add(record, content)
+        except (OSError, sqlite3.Error) as error:
+            self._lose(f"{type(error).__name__}: {error}")
+        else:
+            if self._lost:
+                log.warning("records are stored again; %d were not", self._lost)
+                self._lost = 0
+        finally:
+            self._pending.release()
+
+    def _lose(self, why: str) -> None:
+        """Says so once, not for every request while a disk is full."""
+        if not self._lost:
+            log.error("records are not stored in %s (%s); answers go on", self.store.folder, why)
+        self._lost += 1
