@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from modeling_phi_mm import PhiMMConfig, PhiMMForConditionalGeneration
+from modeling_phi_mm.adapters_phi_mm import MODALITIES
 from phi_mm.parts import (
     AUDIO_TOKEN,
     IMAGE_TOKEN,
@@ -131,7 +132,7 @@ def projectors(model: PreTrainedModel) -> dict[str, nn.Module]:
 def _modalities(model: PreTrainedModel) -> list[str]:
     """The modalities that reach the language model through a projector, as image, audio."""
     own = projectors(model)
-    return [m for m, name in zip(("image", "audio"), PROJECTORS, strict=True) if name in own]
+    return [m for m, name in zip(MODALITIES, PROJECTORS, strict=True) if name in own]
 
 
 def projector_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from modeling_phi_mm.adapters_phi_mm import FOLDER
 from phi_mm.checkout import LICENSE
 from phi_mm.hub.card import write_adapter_card, write_card
 from phi_mm.hub.export import check_paths, drop_origin
@@ -33,7 +34,7 @@ def write_release(
     for path in checkpoint.iterdir():
         if path.is_file() and is_published(path.name):
             shutil.copy(path, folder / path.name)
-    for inner in ("transcript_tokenizer", "adapters"):
+    for inner in ("transcript_tokenizer", FOLDER):
         if (checkpoint / inner).is_dir():
             shutil.copytree(checkpoint / inner, folder / inner)
     recipe, metrics = load_recipe(run_dir / "recipe.yaml"), run_dir / "metrics.json"

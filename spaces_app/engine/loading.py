@@ -11,15 +11,6 @@ from transformers import (
 
 from .int8 import Int8Linear, quantize_linears
 
-# Full names: bitsandbytes compares from the start of a layer's name.
-FULL_PRECISION = [
-    "model.vision_tower",
-    "model.audio_tower",
-    "model.multi_modal_projector",
-    "model.audio_projector",
-    "lm_head",
-]
-
 
 def load(
     artefact: str, revision: str | None, precision: str
@@ -63,7 +54,6 @@ def _load_nf4(artefact: str, where: dict) -> PreTrainedModel:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=computes,
-        llm_int8_skip_modules=FULL_PRECISION,
     )
     return AutoModel.from_pretrained(
         artefact, dtype=computes, quantization_config=four_bit, device_map={"": 0}, **where
