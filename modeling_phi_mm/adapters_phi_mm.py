@@ -110,6 +110,7 @@ class ModalityAdaptersMixin:
             self._load_one(modality, str(source), subfolder=where, **hub_kwargs)
         if self.base_model.modality_router is None:
             self._route(self.config.modality_adapters)
+            self.requires_grad_(False)  # PEFT opens what it switches on
             self.eval()
 
     def _load_one(self, modality: str, source: str, **hub_kwargs) -> None:
@@ -121,7 +122,7 @@ class ModalityAdaptersMixin:
         name, folder = adapter_name(modality), f"{source}/{hub_kwargs['subfolder']}"
         settings = cached_file(source, "adapter_config.json", **hub_kwargs)
         weights = cached_file(source, "adapter_model.safetensors", **hub_kwargs)
-        if fresh := self.base_model.modality_router is None:
+        if self.base_model.modality_router is None:
             config = LoraConfig.from_pretrained(str(Path(settings).parent))
             _check_lora(config)
             self._add(config, modality)
@@ -134,9 +135,6 @@ class ModalityAdaptersMixin:
                 f"language model; {odd[0]} is among those that do not match"
             )
         set_peft_model_state_dict(self, state, adapter_name=name)
-        for key, weight in self.named_parameters():
-            if fresh and f".{name}." in key:
-                weight.requires_grad_(False)
 
     def _add(self, config, modality: str) -> None:
         with warnings.catch_warnings():

@@ -269,6 +269,7 @@ def test_saved_by_modality(case, tmp_path: Path) -> None:
     save_artefact(model, case.build()[1], tmp_path / "saved")
     loaded = PhiMMForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    assert not any(weight.requires_grad for weight in loaded.parameters())
     # each is an ordinary PEFT adapter too
     names = [n for n, there in (("image", case.sees), ("audio", case.hears)) if there]
     row = inputs_of(case, mixture(case)[1:2])
