@@ -6,6 +6,7 @@ PHI_MM_MODEL=artefact python app.py
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 try:  # before anything that may start CUDA
@@ -20,6 +21,7 @@ from engine.precision import choose
 from engine.service import Engine
 from engine.zero import LentGenerator
 from pages.chat import CSS, ChatPage
+from records.journal import Journal
 from records.store import Store
 from settings import Settings
 from starlette.requests import Request
@@ -41,10 +43,25 @@ def make_generator(settings: Settings) -> Generator | LentGenerator:
     choice = choose(settings.model, settings.revision, settings.precision, stores)
     log.info("%s", choice)
     model, processor = load(settings.model, settings.revision, choice.precision)
-    about = f"{Path(settings.model).name} in {choice.precision}, {_senses(model)}"
-    budgets = settings.media_bytes, settings.prefix_bytes
-    generator = Generator(model, processor, *budgets, about, choice.precision)
+    generator = Generator(
+        model,
+        processor,
+        settings.media_bytes,
+        settings.prefix_bytes,
+        about=f"{Path(settings.model).name} in {choice.precision}, {_senses(model)}",
+        precision=choice.precision,
+        name=_revision(settings),
+    )
     return LentGenerator(generator, spaces.GPU) if ON_ZERO_GPU else generator
+
+
+def _revision(settings: Settings) -> str:
+    """Name of the model with its commit, or of a folder with the time it was written."""
+    if settings.revision is not None:
+        return f"{settings.model}@{settings.revision[:7]}"
+    folder = Path(settings.model)
+    written = time.gmtime((folder / "config.json").stat().st_mtime)
+    return f"{folder.name}@{time.strftime('%Y-%m-%dT%H:%M', written)}"
 
 
 def _senses(model: PreTrainedModel) -> str:
@@ -83,7 +100,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
     store = Store(settings.store, settings.log_rows) if settings.store else None
-    engine = Engine(lambda: make_generator(settings), settings.limits, store)
+    engine = Engine(lambda: make_generator(settings), settings.limits, Journal(store))
     engine.start()
     if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
         engine.wait_until_loaded()

@@ -3,8 +3,9 @@
 import contextlib
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class Request:
         max_new_tokens: longest answer.
         temperature: 0 for the likeliest words, more for chance.
         keep: the user allows the owner to keep the question and its answer.
+        parent: id of the request that the turn before was; empty for a first turn.
+        id: its own.
     """
 
     conversation: str
@@ -35,6 +38,8 @@ class Request:
     max_new_tokens: int = 256
     temperature: float = 0.0
     keep: bool = False
+    parent: str = ""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Generator:
         media_budget: bytes of tower outputs to keep.
         prefix_budget: bytes of keys and values to keep.
         about: what it is, in a few words for the page.
-        precision: of the model, for the records.
+        precision, name: of the model, for the records; the name tells its revision too.
     """
 
     def __init__(
@@ -138,9 +143,10 @@ class Generator:
         prefix_budget: int,
         about: str = "a model",
         precision: str = "fp32",
+        name: str = "a model",
     ):
         self.model, self.processor = model, processor
-        self.about, self.precision = about, precision
+        self.about, self.precision, self.name = about, precision, name
         self.reader = PromptReader(model, processor, media_budget)
         self.prefixes = PrefixStore(model.config, prefix_budget)
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from records.entry import Entry
 from records.journal import Journal
-from records.store import Store
 
 from .generation import Answer, Begun, Ending, Event, Generator, Interrupted, Request, Waiting
 from .turns import Turns
@@ -70,16 +69,16 @@ class Engine:
     Args:
         load: makes the generator; called in the engine's thread, so that the page is up meanwhile.
         limits: of queue and time.
-        store: takes a record of each request; None for the console alone.
+        journal: takes a record of each request; closed with the engine.
     """
 
     def __init__(
         self,
         load: Callable[[], Generator | LentGenerator],
         limits: Limits,
-        store: Store | None = None,
+        journal: Journal | None = None,
     ):
-        self.load, self.limits, self.journal = load, limits, Journal(store)
+        self.load, self.limits, self.journal = load, limits, journal or Journal()
         self.generator: Generator | LentGenerator | None = None
         self.failure: NoAnswer | None = None  # why the model could not be loaded
         self._turns: Turns[_Ticket] = Turns(limits.waiting)
@@ -143,7 +142,7 @@ class Engine:
         Raises:
             ValueError: the request was turned away, or cannot be answered; says what to do.
         """
-        entry = Entry(request)
+        entry = Entry(request, self.waiting)
         try:
             async with contextlib.aclosing(self._events(request)) as events:
                 async for event in events:
@@ -158,17 +157,13 @@ class Engine:
             await self._record(entry, "refused", type(error.__cause__ or error).__name__)
             raise
         except (GeneratorExit, asyncio.CancelledError):  # whoever asked is gone
-            self.journal.submit(*entry.end("stopped", "", self._precision))
+            self.journal.submit(*entry.end("stopped", "", self.generator))
             raise
         await self._record(entry, event.ended, "")
         yield event
 
     async def _record(self, entry: Entry, outcome: str, error: str) -> None:
-        await self.journal.write(*entry.end(outcome, error, self._precision))
-
-    @property
-    def _precision(self) -> str:
-        return "" if self.generator is None else self.generator.precision
+        await self.journal.write(*entry.end(outcome, error, self.generator))
 
     async def _events(self, request: Request) -> AsyncIterator[Event]:
         if self.failure is not None:

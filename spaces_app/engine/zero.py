@@ -30,6 +30,7 @@ class LentGenerator:
     def __init__(self, generator: Generator, lend: Callable):
         self.generator = generator
         self.about, self.precision = generator.about, generator.precision
+        self.name = generator.name
         self._lent = lend(self._stream, duration=lambda request, _: estimate(request))
 
     def answer(self, request: Request, emit: Callable[[Event], None], ending: Ending) -> Answer:

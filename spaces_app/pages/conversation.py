@@ -28,6 +28,7 @@ class Turn:
         answer: so far.
         note: what is going on, and at the end what the answer took.
         error: why there is no answer; such a turn is shown, and not said to the model again.
+        request: id of the request that asked for the answer.
     """
 
     text: str = ""
@@ -37,6 +38,7 @@ class Turn:
     answer: str = ""
     note: str = "thinking ..."
     error: str = ""
+    request: str = ""
 
     def question(self) -> list[dict[str, str]]:
         """The parts of the user's message."""
@@ -134,7 +136,16 @@ class Conversation:
         """
         turn = self.turns[-1]
         yield turn
-        request = Request(self.name, self.messages(), int(max_new_tokens), float(temperature), keep)
+        before = [earlier.request for earlier in self.turns[:-1] if earlier.answer]
+        request = Request(
+            self.name,
+            self.messages(),
+            int(max_new_tokens),
+            float(temperature),
+            keep,
+            parent=before[-1] if before else "",
+        )
+        turn.request = request.id
         try:
             async with aclosing(engine.stream(request)) as events:
                 async for event in events:

@@ -5,6 +5,7 @@ import json
 import logging
 import sqlite3
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -21,10 +22,11 @@ class Journal:
 
     Args:
         store: takes the records; None for the console alone.
+        watchers: are told of each record at once.
     """
 
-    def __init__(self, store: Store | None):
-        self.store = store
+    def __init__(self, store: Store | None = None, watchers: Sequence[Callable] = ()):
+        self.store, self.watchers = store, watchers
         self._deleted: set[str] = set()  # answers that were under way then write their record later
         self._pending = threading.BoundedSemaphore(MOST_PENDING)
         self._thread = ThreadPoolExecutor(1, "journal")
@@ -40,6 +42,8 @@ class Journal:
     def submit(self, record: Record, content: Content | None) -> Future | None:
         """Writes the line for the console now, and the row soon; None when there will be no row."""
         requests.info("%s", json.dumps(asdict(record)))
+        for watch in self.watchers:
+            watch(record)
         if self.store is None:
             return None
         if not self._pending.acquire(blocking=False):

@@ -20,25 +20,29 @@ class Record:
 
     Attributes:
         id, conversation: of the request, and of the conversation that it is a turn of.
+        parent: id of the request that was the turn before; empty for a first turn.
         time: when it was asked, in seconds since 1970.
         outcome: "finished", "length", "stopped", "timeout", "refused" or "failed".
         error: class of the error behind the last three; empty when an answer was cut.
-        precision: of the model; empty while there is none.
+        precision, model: of the model, with its revision; empty while there is none.
         resident_bytes: memory of the process when the request ended.
         waited_seconds: in the queue.
         media_seconds, first_token_seconds: since the answer was begun; 0 when none came to its end.
         total_seconds: since it was asked.
         prompt_tokens, reused_tokens, new_tokens: of a whole answer, 0 otherwise.
-        images, recordings: of the question.
+        waiting: how many were in the queue when it was asked.
+        characters, images, recordings: of the question.
         encoded_media: pictures and recordings that had to be looked at or heard now.
     """
 
     id: str
     conversation: str
     time: float
+    parent: str = ""
     outcome: str = ""
     error: str = ""
     precision: str = ""
+    model: str = ""
     resident_bytes: int = 0
     waited_seconds: float = 0.0
     media_seconds: float = 0.0
@@ -47,6 +51,8 @@ class Record:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     new_tokens: int = 0
+    waiting: int = 0
+    characters: int = 0
     images: int = 0
     recordings: int = 0
     encoded_media: int = 0

@@ -137,11 +137,13 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(401, "Invalid username or password.")
         owner = asked["organization"] or self.account.name
         self.hub.check_writer(owner, self.account)
-        repo = f"{owner}/{asked['name']}"
-        answer = json.dumps({"url": f"{self.hub.url}/{repo}", "name": repo})
+        kind = asked.get("type") or "model"
+        folder = "" if kind == "model" else f"{kind}s/"
+        repo = f"{folder}{owner}/{asked['name']}"
+        answer = json.dumps({"url": f"{self.hub.url}/{repo}", "name": f"{owner}/{asked['name']}"})
         if repo in self.hub.repositories:
             return self.send(
-                answer, 409, {"X-Error-Message": "You already created this model repo"}
+                answer, 409, {"X-Error-Message": f"You already created this {kind} repo"}
             )
         made = self.hub.repositories[repo] = Repository(asked.get("visibility") == "private")
         attributes = self.hub.keep(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
@@ -332,8 +334,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.cut()
 
 
-ID = r"(?P<id>[^/]+/[^/]+?)"
-API = rf"/api/models/{ID}"
+# Data sets and Spaces are kept under their kind and name: "datasets/someone/something".
+ID = r"(?P<id>((datasets|spaces)/)?[^/]+/[^/]+?)"
+API = rf"/api/(models/)?{ID}"
 ROUTES = (
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),

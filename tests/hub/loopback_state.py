@@ -46,7 +46,8 @@ class Refusal(Exception):
 
 
 class HubState:
-    """Accounts, repositories and blobs, and the record of what was asked and transferred.
+    """Accounts, repositories (data sets as "datasets/owner/name", Spaces likewise) and blobs, and
+    the record of what was asked and transferred.
 
     `seen` holds every request. `received` and `sent` count the bytes of each LFS object (by its
     sha256) that came in and went out, cut transfers included.
@@ -105,7 +106,7 @@ class HubState:
 
     def readable(self, repo: str, account: Account | None) -> Repository:
         found = self.repositories.get(repo)
-        owner = repo.split("/")[0]
+        owner = repo.split("/")[-2]
         if found is None or (found.private and (account is None or account.name != owner)):
             if account is None:
                 raise Refusal(401, "Invalid username or password.")
@@ -116,7 +117,7 @@ class HubState:
         found = self.readable(repo, account)
         if account is None:
             raise Refusal(401, "Invalid username or password.")
-        self.check_writer(repo.split("/")[0], account)
+        self.check_writer(repo.split("/")[-2], account)
         return found
 
     def check_writer(self, owner: str, account: Account) -> None:

@@ -50,6 +50,7 @@ def test_questions_edits_and_retries(engine: Engine, loaded, media: Path) -> Non
     talk.ask("and?", None, None)
     second = [*first, assistant(seen[-1][0]), user("and?")]
     assert answer(engine, talk)[-1][0] == expected(second)
+    assert len({turn.request for turn in talk.turns}) == 2 and talk.turns[0].request
     talk.go_back(3)  # the second question again
     assert [turn.text for turn in talk.turns] == ["what?", "and?"]
     assert answer(engine, talk)[-1][0] == expected(second)

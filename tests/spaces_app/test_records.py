@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from engine.generation import Answer, Begun, Generator, Request, Text
 from engine.service import Engine, Limits
 from pages.chat import ChatPage
 from pages.conversation import Conversation
+from records.journal import Journal
 from records.store import Content, Record, Store
 from settings import Settings
 
@@ -65,6 +67,7 @@ def test_the_oldest_rows_go_and_deletion_leaves_nothing(tmp_path: Path, media: P
 WRITER = """
 import sys
 from pathlib import Path
+from records.journal import Journal
 from records.store import Content, Record, Store
 store = Store(Path(sys.argv[1]), 10_000)
 for number in range(10_000):
@@ -99,6 +102,7 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path: Path, media: Path) -> N
 FAILING = """
 import asyncio, logging, os, resource, sys
 from pathlib import Path
+from records.journal import Journal
 from records.journal import Journal
 from records.store import Content, Record, Store
 
@@ -142,8 +146,9 @@ def make_engine(loaded, tmp_path: Path) -> Iterator[Callable]:
     made = []
 
     def make(**limits) -> Engine:
-        store = Store(tmp_path / "store", 100)
-        made.append(Engine(lambda: Generator(*loaded, 1 << 30, 1 << 30), Limits(**limits), store))
+        journal = Journal(Store(tmp_path / "store", 100))
+        load = partial(Generator, *loaded, 1 << 30, 1 << 30, name="toy@0123abc")
+        made.append(Engine(load, Limits(**limits), journal))
         made[-1].start()
         made[-1].wait_until_loaded()
         return made[-1]
@@ -169,6 +174,8 @@ def test_a_record_says_what_the_answer_took(make_engine, media, tmp_path, caplog
         assert rows(folder, ", ".join(record))[-1] == tuple(record.values())
         assert record["outcome"] == "length" and record["error"] == ""
         assert record["conversation"] == "a" and record["precision"] == "fp32"
+        assert record["model"] == "toy@0123abc" and record["waiting"] == 0
+        assert record["characters"] == len(SECRET)
         assert (record["images"], record["recordings"]) == (1, 1)
         assert record["encoded_media"] == answer.encoded_media == (0 if keep else 2)
         assert record["new_tokens"] == 6

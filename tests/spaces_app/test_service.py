@@ -48,7 +48,7 @@ def test_store_lets_go_of_what_was_not_used_for_longest() -> None:
 class Gate:
     """The engine's own generator behind a door, so that tests decide when an answer is begun."""
 
-    precision = "fp32"
+    precision, name = "fp32", "toy"
 
     def __init__(self, generator: Generator):
         self.generator, self.open, self.begun = generator, threading.Event(), []
