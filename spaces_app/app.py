@@ -15,6 +15,7 @@ except ImportError:  # not on the Hub
     spaces = None
 
 import gradio as gr
+from door import Door
 from engine.generation import Generator
 from engine.loading import load
 from engine.precision import choose
@@ -24,12 +25,16 @@ from pages.chat import CSS, ChatPage
 from records.journal import Journal
 from records.store import Store
 from settings import Settings
+from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 from transformers import PreTrainedModel
 
 log = logging.getLogger("phi-mm")
+SPARE_THREADS = 40  # Gradio's tasks beside the questions that wait, so that none waits unseen
+SESSIONS = 1000  # conversations that Gradio keeps in memory
 ON_ZERO_GPU = spaces is not None and os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "true")
 
 
@@ -51,6 +56,7 @@ def make_generator(settings: Settings) -> Generator | LentGenerator:
         about=f"{Path(settings.model).name} in {choice.precision}, {_senses(model)}",
         precision=choice.precision,
         name=_revision(settings),
+        limits=settings.media,
     )
     return LentGenerator(generator, spaces.GPU) if ON_ZERO_GPU else generator
 
@@ -104,11 +110,17 @@ def main() -> None:
     engine.start()
     if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
         engine.wait_until_loaded()
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # of figures that nobody reads
     page = ChatPage(engine).build()
+    door = Middleware(Door, settings.upload_bytes, Path(get_upload_folder()))
     page.launch(
         theme=gr.themes.Soft(),
         css=CSS,
-        app_kwargs={"routes": routes(engine)},
+        app_kwargs={"routes": routes(engine), "middleware": [door]},
+        max_file_size=settings.upload_bytes,
+        max_threads=settings.limits.waiting + SPARE_THREADS,
+        state_session_capacity=SESSIONS,
+        enable_monitoring=False,
         show_error=True,
         ssr_mode=False,
     )

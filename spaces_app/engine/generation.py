@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria, Stop
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .media import MediaLimits
 from .prefix import PrefixStore
 from .prompt import PromptReader
 
@@ -133,6 +134,7 @@ class Generator:
         prefix_budget: bytes of keys and values to keep.
         about: what it is, in a few words for the page.
         precision, name: of the model, for the records; the name tells its revision too.
+        limits: of the files that are opened.
     """
 
     def __init__(
@@ -144,10 +146,11 @@ class Generator:
         about: str = "a model",
         precision: str = "fp32",
         name: str = "a model",
+        limits: MediaLimits = MediaLimits(),
     ):
         self.model, self.processor = model, processor
         self.about, self.precision, self.name = about, precision, name
-        self.reader = PromptReader(model, processor, media_budget)
+        self.reader = PromptReader(model, processor, media_budget, limits)
         self.prefixes = PrefixStore(model.config, prefix_budget)
 
     def answer(self, request: Request, emit: Callable[[Event], None], ending: Ending) -> Answer:

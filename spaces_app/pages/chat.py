@@ -3,10 +3,14 @@
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 import gradio as gr
 from engine.service import Engine
 from gradio.data_classes import ImageData
+from gradio.route_utils import API_PREFIX
+from gradio.utils import get_upload_folder, is_in_or_equal
+from gradio_client.utils import is_http_url_like
 
 from .conversation import Conversation
 
@@ -116,11 +120,14 @@ class ChatPage:
                     height=220,
                 )
                 # An instance's own: gradio writes a .pyi file beside every subclass.
-                self.image.preprocess = partial(_as_it_came, self.image.preprocess)
+                self.image.preprocess = _as_it_came
             with gr.Column(scale=1, min_width=220):
                 self.audio = gr.Audio(
                     label="Recording", type="filepath", sources=["upload", "microphone"]
                 )
+            for field in (self.image, self.audio):
+                move = field.async_move_resource_to_block_cache
+                field.async_move_resource_to_block_cache = partial(_uploaded, move)
 
     def _build_examples(self) -> None:
         def path(name: str) -> str | None:
@@ -270,13 +277,26 @@ class ChatPage:
             self._drop(conversation)
 
 
-def _as_it_came(preprocess: Callable, payload: ImageData | None) -> str | None:
+def _as_it_came(payload: ImageData | None) -> str | None:
     """The file that was uploaded, unopened: that it is no picture is told by the engine, in a
     sentence, and in the conversation.
     """
-    if payload is None or payload.path is None:
-        return preprocess(payload)
+    if payload is None:
+        return None
+    # gradio 6.31 looks at no path of a picture whose `meta` is missing.
+    if payload.path is None or not is_in_or_equal(payload.path, get_upload_folder()):
+        raise gr.Error(f"got {payload.path}, expected a file: upload it", print_exception=False)
     return payload.path
+
+
+async def _uploaded(move: Callable, path: str | Path) -> str | None:
+    """The uploaded file; an address is not fetched, unless it is that of an uploaded file."""
+    if not is_http_url_like(str(path)):
+        return await move(path)
+    own = unquote(str(path).partition(f"{API_PREFIX}/file=")[2])
+    if not own or not is_in_or_equal(own, get_upload_folder()):
+        raise gr.Error(f"got the address {path}, expected a file: upload it", print_exception=False)
+    return await move(own)
 
 
 def _place(index: int | list[int]) -> int:
