@@ -21,11 +21,11 @@ from engine.loading import load
 from engine.precision import choose
 from engine.service import Engine
 from engine.zero import LentGenerator
+from gradio.utils import get_upload_folder
 from pages.chat import CSS, ChatPage
 from records.journal import Journal
 from records.store import Store
 from settings import Settings
-from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse

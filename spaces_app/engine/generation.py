@@ -146,11 +146,11 @@ class Generator:
         about: str = "a model",
         precision: str = "fp32",
         name: str = "a model",
-        limits: MediaLimits = MediaLimits(),
+        limits: MediaLimits | None = None,
     ):
         self.model, self.processor = model, processor
         self.about, self.precision, self.name = about, precision, name
-        self.reader = PromptReader(model, processor, media_budget, limits)
+        self.reader = PromptReader(model, processor, media_budget, limits or MediaLimits())
         self.prefixes = PrefixStore(model.config, prefix_budget)
 
     def answer(self, request: Request, emit: Callable[[Event], None], ending: Ending) -> Answer:

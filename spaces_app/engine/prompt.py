@@ -179,8 +179,8 @@ class PromptReader:
         if (tokens := self.processor.count_audio_tokens(frames)) >= self.context:
             seconds = len(samples) / self.processor.feature_extractor.sampling_rate
             raise UnusableFile(
-                f"got a recording of {seconds:.0f} s, which is {tokens} tokens, expected fewer "
-                f"than {self.context}: record or cut a shorter one",
+                f"got {path!r}, a recording of {seconds:.0f} s, which is {tokens} tokens, expected "
+                f"fewer than {self.context}: record or cut a shorter one",
                 path,
             )
         windows = self.processor(audio=[samples], return_tensors="pt")["input_features"]
