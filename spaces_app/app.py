@@ -5,6 +5,7 @@ PHI_MM_MODEL=artefact python app.py
 
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -113,17 +114,22 @@ def main() -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # of figures that nobody reads
     page = ChatPage(engine).build()
     door = Middleware(Door, settings.upload_bytes, Path(get_upload_folder()))
-    page.launch(
-        theme=gr.themes.Soft(),
-        css=CSS,
-        app_kwargs={"routes": routes(engine), "middleware": [door]},
-        max_file_size=settings.upload_bytes,
-        max_threads=settings.limits.waiting + SPARE_THREADS,
-        state_session_capacity=SESSIONS,
-        enable_monitoring=False,
-        show_error=True,
-        ssr_mode=False,
-    )
+    # As Ctrl-C: Gradio ends the streams, and after that the engine writes down what is left.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        page.launch(
+            theme=gr.themes.Soft(),
+            css=CSS,
+            app_kwargs={"routes": routes(engine), "middleware": [door]},
+            max_file_size=settings.upload_bytes,
+            max_threads=settings.limits.waiting + SPARE_THREADS,
+            state_session_capacity=SESSIONS,
+            enable_monitoring=False,
+            show_error=True,
+            ssr_mode=False,
+        )
+    finally:
+        engine.close()
 
 
 if __name__ == "__main__":

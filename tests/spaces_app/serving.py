@@ -102,7 +102,8 @@ def serve(artefact: Path, folder: Path, until: str = "ready", **settings: str) -
     """What `phi-mm serve` serves, until the block ends.
 
     Args:
-        until: "ready", the block begins when the model answers; or "health", when there is a page.
+        until: "ready", the block begins when the model answers; "health", when there is a page; or
+            "", when there is a page, whether the model can be loaded or not.
         settings: environment variables.
     """
     with socket.socket() as free:
@@ -131,9 +132,11 @@ def serve(artefact: Path, folder: Path, until: str = "ready", **settings: str) -
             time.sleep(0.1)
         yield space
     finally:
+        children = psutil.Process(process.pid).children() if process.poll() is None else []
         with suppress(ProcessLookupError):  # ended by the test
             os.killpg(process.pid, signal.SIGTERM)  # the process and the Space that it started
         process.wait()
+        psutil.wait_procs(children)
 
 
 def _good(url: str) -> bool:
