@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 try:  # before anything that may start CUDA
@@ -100,7 +101,10 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
     store = Store(settings.store, settings.log_rows) if settings.store else None
-    engine = Engine(lambda: make_generator(settings), settings.limits, Journal(store))
+    limits = settings.limits
+    if ON_ZERO_GPU:  # which is lent for one answer at a time
+        limits = replace(limits, together=1)
+    engine = Engine(lambda: make_generator(settings), limits, Journal(store))
     engine.start()
     if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
         engine.wait_until_loaded()
