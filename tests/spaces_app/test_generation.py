@@ -345,14 +345,10 @@ def test_answers_side_by_side_are_those_of_each_alone(
     if "window" in family:
         model.config.text_config.sliding_window = 24
     if "long rope" in family:
-        half = model.config.text_config.hidden_size // model.config.text_config.num_attention_heads
-        model.config.text_config.rope_parameters = {
-            "rope_type": "longrope",
-            "rope_theta": 10_000.0,
-            "original_max_position_embeddings": 40,
-            "short_factor": [1.0] * (half // 2),
-            "long_factor": [4.0] * (half // 2),
-        }
+        text = model.config.text_config
+        text.original_max_position_embeddings = 40
+        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        text.rope_parameters = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
     save_artefact(model, processor, tmp_path / "artefact")
     model, processor = load(str(tmp_path / "artefact"), None, precision)
     asked = {
