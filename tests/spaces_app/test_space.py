@@ -1,15 +1,7 @@
 """The whole Space in a process of its own, started as users start it: page, API, health."""
 
 import json
-import os
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,61 +12,20 @@ from gradio_client.exceptions import AppError
 from settings import Settings
 
 from .conftest import assistant, plainly, user
+from .serving import ROOT, get, serve
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "spaces_app" / "examples"
 COMMIT = "0123456789abcdef" * 2 + "01234567"
-
-
-def get(url: str, body: dict | None = None) -> tuple[int, bytes]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"content-type": "application/json"})
-    try:
-        with urllib.request.urlopen(request) as response:
-            return response.status, response.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
 
 
 @pytest.fixture(scope="module")
 def url(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where `phi-mm serve` serves the artefact."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("serve")
-    env = {
-        **os.environ,
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "GRADIO_TEMP_DIR": str(folder / "uploads"),
-        "HF_HUB_OFFLINE": "1",
-        "PHI_MM_PREFIX_MB": "8",
-        "PHI_MM_STORE": str(folder / "store"),
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "phi_mm.cli", "serve", str(artefact), "--port", str(port)]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            try:
-                if get(f"{address}/ready")[0] == 200:
-                    break
-            except OSError:
-                pass
-            assert process.poll() is None, (folder / "log").read_text()
-            time.sleep(0.1)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)  # the process and the Space that it started
-        process.wait()
-    log = (folder / "log").read_text()
-    assert "int8: the quickest on a CPU" in log
-    told = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-    with sqlite3.connect(folder / "store" / "requests.sqlite3") as store:
+    with serve(artefact, tmp_path_factory.mktemp("serve"), PHI_MM_PREFIX_MB="8") as space:
+        yield space.url
+    assert "int8: the quickest on a CPU" in space.log
+    told = [json.loads(line) for line in space.log.splitlines() if line.startswith("{")]
+    with sqlite3.connect(space.folder / "store" / "requests.sqlite3") as store:
         rows = store.execute("SELECT id, precision, question, answer FROM requests").fetchall()
     assert rows == [(line["id"], "int8", None, None) for line in told] and rows
 
