@@ -14,13 +14,13 @@ try:  # before anything that may start CUDA
 except ImportError:  # not on the Hub
     spaces = None
 
-import gradio as gr
 from engine.generation import Generator
 from engine.loading import load
 from engine.precision import choose
 from engine.service import Engine
 from engine.zero import LentGenerator
-from pages.chat import CSS, ChatPage
+from pages.chat import ChatPage
+from pages.look import CSS, JS, theme
 from records.journal import Journal
 from records.store import Store
 from settings import Settings
@@ -106,8 +106,9 @@ def main() -> None:
         engine.wait_until_loaded()
     page = ChatPage(engine).build()
     page.launch(
-        theme=gr.themes.Soft(),
+        theme=theme(),
         css=CSS,
+        js=JS,
         app_kwargs={"routes": routes(engine)},
         show_error=True,
         ssr_mode=False,

@@ -15,11 +15,6 @@ KEEP_FILES = 3600  # seconds that uploaded pictures and recordings stay on the d
 POLL_SECONDS = 1.0  # while the model is being loaded
 TITLE = "phi-mm"
 ABOUT = "# phi-mm\nA language model that also sees and hears. It may be wrong."
-CSS = """
-footer {opacity: 0.7}
-#question textarea {font-size: 1rem}
-@media (max-width: 640px) {#talk {height: 55vh !important}}
-"""
 
 
 class ChatPage:
@@ -34,23 +29,19 @@ class ChatPage:
 
     def build(self) -> gr.Blocks:
         with gr.Blocks(title=TITLE, delete_cache=(KEEP_FILES, KEEP_FILES)) as blocks:
-            gr.Markdown(ABOUT)
+            gr.Markdown(ABOUT, elem_id="about")
             self._build_state(blocks)
             # Each visitor's own; changed in place, so that an answer that breaks off is in it too.
             self.conversation = gr.State(Conversation(), delete_callback=self._drop)
-            self.talk = gr.Chatbot(
-                label="Conversation",
-                elem_id="talk",
-                height="60vh",
-                editable="user",
-                group_consecutive_messages=False,  # or gradio 6.31 edits the first, a picture
-                buttons=["copy", "copy_all"],
-                feedback_options=None,
-                allow_tags=False,
-                placeholder="Show a picture, say something, or type a question.",
-            )
-            self._build_fields()
-            self._build_examples()
+            with gr.Row():
+                with gr.Column(scale=3, min_width=320):
+                    self._build_talk()
+                    examples = gr.Column()
+                with gr.Column(scale=1, min_width=280):
+                    self._build_media()
+                    self._build_settings()
+            with examples:  # they fill fields that are built by now
+                self._build_examples()
             self._connect()
             self._build_api()
         return blocks.queue(default_concurrency_limit=None)
@@ -70,57 +61,71 @@ class ChatPage:
             api_visibility="private",
         )
 
-    def _build_fields(self) -> None:
+    def _build_talk(self) -> None:
+        self.talk = gr.Chatbot(
+            label="Conversation",
+            elem_id="talk",
+            editable="user",
+            group_consecutive_messages=False,  # or gradio 6.31 edits the first, a picture
+            buttons=["copy", "copy_all"],
+            feedback_options=None,
+            allow_tags=False,
+            placeholder="Show a picture, say something, or type a question.",
+        )
+        self.text = gr.Textbox(
+            label="Question",
+            placeholder="What is in the picture?",
+            max_lines=8,
+            elem_id="question",
+            submit_btn=False,
+        )
         with gr.Row():
-            with gr.Column(scale=2, min_width=280):
-                self.text = gr.Textbox(
-                    label="Question",
-                    placeholder="What is in the picture?",
-                    max_lines=8,
-                    elem_id="question",
-                    submit_btn=False,
-                )
-                with gr.Row():
-                    self.send = gr.Button("Send", variant="primary", min_width=80)
-                    self.stop = gr.Button("Stop", variant="stop", min_width=80)
-                    self.clear = gr.Button("Clear", min_width=80)
-                with gr.Accordion("Settings", open=False):
-                    self.temperature = gr.Slider(
-                        0.0,
-                        1.5,
-                        value=0.0,
-                        step=0.1,
-                        label="Temperature",
-                        info="0 gives the likeliest words, more leaves more to chance",
-                    )
-                    self.length = gr.Slider(
-                        16, 512, value=256, step=16, label="Longest answer", info="in tokens"
-                    )
-                stored = self.engine.journal.store is not None
-                self.keep = gr.Checkbox(
-                    False,
-                    label="The owner may keep what I ask and show, and the answers",
-                    info="Otherwise only numbers are kept: times, lengths, what went wrong.",
-                    visible=stored,
-                    elem_id="keep",
-                )
-                self.delete = gr.Button(
-                    "Delete this conversation and what is kept of it", size="sm", visible=stored
-                )
-            with gr.Column(scale=1, min_width=220):
-                self.image = gr.Image(
-                    label="Picture",
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard", "webcam"],
-                    height=220,
-                )
-                # An instance's own: gradio writes a .pyi file beside every subclass.
-                self.image.preprocess = partial(_as_it_came, self.image.preprocess)
-            with gr.Column(scale=1, min_width=220):
-                self.audio = gr.Audio(
-                    label="Recording", type="filepath", sources=["upload", "microphone"]
-                )
+            self.send = gr.Button("Send", variant="primary", min_width=80)
+            self.stop = gr.Button("Stop", variant="stop", min_width=80)
+            self.clear = gr.Button("Clear", min_width=80)
+
+    def _build_media(self) -> None:
+        self.image = gr.Image(
+            label="Picture",
+            type="filepath",
+            image_mode=None,
+            sources=["upload", "clipboard", "webcam"],
+            height=200,
+            elem_id="picture",
+        )
+        # An instance's own: gradio writes a .pyi file beside every subclass.
+        self.image.preprocess = partial(_as_it_came, self.image.preprocess)
+        self.audio = gr.Audio(
+            label="Recording",
+            type="filepath",
+            sources=["upload", "microphone"],
+            elem_id="recording",
+        )
+
+    def _build_settings(self) -> None:
+        with gr.Accordion("Settings", open=False):
+            self.temperature = gr.Slider(
+                0.0,
+                1.5,
+                value=0.0,
+                step=0.1,
+                label="Temperature",
+                info="0 gives the likeliest words, more leaves more to chance",
+            )
+            self.length = gr.Slider(
+                16, 512, value=256, step=16, label="Longest answer", info="in tokens"
+            )
+        stored = self.engine.journal.store is not None
+        self.keep = gr.Checkbox(
+            False,
+            label="The owner may keep what I ask and show, and the answers",
+            info="Otherwise only numbers are kept: times, lengths, what went wrong.",
+            visible=stored,
+            elem_id="keep",
+        )
+        self.delete = gr.Button(
+            "Delete this conversation and what is kept of it", size="sm", visible=stored
+        )
 
     def _build_examples(self) -> None:
         def path(name: str) -> str | None:
@@ -132,6 +137,7 @@ class ChatPage:
             [[text, path(image), path(audio)] for text, image, audio in rows],
             [self.text, self.image, self.audio],
             label="Examples",
+            example_labels=[_named(*row) for row in rows],
             examples_per_page=len(rows),
         )
 
@@ -277,6 +283,13 @@ def _as_it_came(preprocess: Callable, payload: ImageData | None) -> str | None:
     if payload is None or payload.path is None:
         return preprocess(payload)
     return payload.path
+
+
+def _named(text: str, image: str, audio: str) -> str:
+    """What an example consists of."""
+    media = ["a picture"] if image else []
+    media += ["a spoken question"] if audio else []
+    return " + ".join([text, *media] if text else media)
 
 
 def _place(index: int | list[int]) -> int:
