@@ -38,7 +38,13 @@ EXTRAS = {
         "tqdm>=4.66",
     ],
     "app": ["gradio>=6.31"],
-    "dev": ["pytest>=8.0", "ruff>=0.12"],
+    "dev": [
+        "axe-playwright-python>=0.1.8",
+        "mcp>=1.20",
+        "playwright>=1.55",
+        "pytest>=8.0",
+        "ruff>=0.12",
+    ],
 }
 
 setup(

@@ -91,6 +91,7 @@ class ChatPage:
             image_mode=None,
             sources=["upload", "clipboard", "webcam"],
             height=200,
+            buttons=["download", "fullscreen"],
             elem_id="picture",
         )
         # An instance's own: gradio writes a .pyi file beside every subclass.
@@ -99,6 +100,7 @@ class ChatPage:
             label="Recording",
             type="filepath",
             sources=["upload", "microphone"],
+            buttons=["download"],
             elem_id="recording",
         )
 
