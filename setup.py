@@ -40,7 +40,7 @@ EXTRAS = {
     "app": ["gradio>=6.31"],
     "dev": [
         "axe-playwright-python>=0.1.8",
-        "mcp>=1.20",
+        "mcp>=1.21",
         "playwright>=1.55",
         "pytest>=8.0",
         "ruff>=0.12",

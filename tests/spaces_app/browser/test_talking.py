@@ -49,7 +49,9 @@ def test_a_picture_is_uploaded_or_pasted(talk: Talk, media: Path, expected: Call
     talk.show(f"{media}/0.png")
     assert talk.ask("what?") == expected([user(f"{media}/0.png", "what?")])
     expect(talk.shown).to_be_hidden()
-    expect(talk.conversation.locator("img")).to_have_attribute("alt", "The picture of this question")
+    expect(talk.conversation.locator("img")).to_have_attribute(
+        "alt", "The picture of this question"
+    )
     talk.clear.click()
     expect(talk.said_by("user")).to_have_count(0)
 
