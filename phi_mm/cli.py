@@ -283,7 +283,9 @@ def delete_conversation(given: argparse.Namespace) -> None:
     """Delete all that is kept of a conversation."""
     from phi_mm.checkout import run_records
 
-    run_records(["delete", given.store, given.conversation])
+    folder = Path(given.store)
+    store = str(folder.resolve()) if folder.is_dir() else given.store
+    run_records(["delete", store, given.conversation])
 
 
 def build_bases(given: argparse.Namespace) -> None:
