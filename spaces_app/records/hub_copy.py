@@ -183,4 +183,5 @@ def delete_conversation(hub: HfApi, dataset: str, conversation: str) -> bool:
 def _words(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError) and error.server_message:
         return error.server_message
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    own = isinstance(error, ValueError)  # a sentence
+    return str(error) if own else f"{type(error).__name__}: {error}".splitlines()[0]

@@ -6,18 +6,20 @@ from typing import Any
 from .record import COLUMNS
 from .store import Store
 
-# A request is on its way again when it is rated, or when its contents may be kept after all.
-CHANGED = "BEGIN INSERT OR REPLACE INTO changes (request) VALUES"
 TABLES = (
     "CREATE TABLE IF NOT EXISTS changes "
     "(number INTEGER PRIMARY KEY AUTOINCREMENT, request TEXT NOT NULL UNIQUE)",
-    f"CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON requests {CHANGED} (new.id); END",
-    f"CREATE TRIGGER IF NOT EXISTS filled AFTER UPDATE ON requests {CHANGED} (new.id); END",
-    f"CREATE TRIGGER IF NOT EXISTS rated AFTER INSERT ON feedback {CHANGED} (new.request); END",
-    "CREATE TRIGGER IF NOT EXISTS rated_again AFTER UPDATE ON feedback "
-    f"{CHANGED} (new.request); END",
     "CREATE TRIGGER IF NOT EXISTS gone AFTER DELETE ON requests "
     "BEGIN DELETE FROM changes WHERE request = old.id; END",
+    # A request is on its way again when it is rated, or when its contents may be kept after all.
+    # Not INSERT OR REPLACE: the statement that fires a trigger decides on conflicts in it.
+    *(
+        f"CREATE TRIGGER IF NOT EXISTS {table}_{change} AFTER {change} ON {table} "
+        f"BEGIN DELETE FROM changes WHERE request = new.{name}; "
+        f"INSERT INTO changes (request) VALUES (new.{name}); END"
+        for table, name in (("requests", "id"), ("feedback", "request"))
+        for change in ("INSERT", "UPDATE")
+    ),
 )
 FEEDBACK = ("rated", "rating", "reason", "correction")
 SELECT = f"""
