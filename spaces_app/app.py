@@ -3,8 +3,11 @@
 PHI_MM_MODEL=artefact python app.py
 """
 
+import contextlib
 import logging
 import os
+import signal
+import sqlite3
 import sys
 import time
 from pathlib import Path
@@ -21,6 +24,7 @@ from engine.service import Engine
 from engine.zero import LentGenerator
 from pages.chat import ChatPage
 from pages.look import CSS, JS, theme
+from records.hub_copy import HubCopy
 from records.journal import Journal
 from records.store import Store
 from settings import Settings
@@ -90,6 +94,23 @@ def _answer(engine: Engine, good: bool) -> JSONResponse:
     return JSONResponse(told, status_code=200 if good else 503)
 
 
+def make_copy(settings: Settings, store: Store | None) -> HubCopy | contextlib.nullcontext[None]:
+    """Copies the records to the Hub while its block runs, where that is asked for.
+
+    Raises:
+        ValueError: they would be public.
+    """
+    if settings.dataset is None:
+        return contextlib.nullcontext()
+    try:
+        copy = HubCopy(store, settings.dataset, settings.dataset_minutes)
+    except (OSError, sqlite3.Error) as error:
+        log.error("records are not copied to %s, for the store fails: %s", settings.dataset, error)
+        return contextlib.nullcontext()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # the end of the block sends what is new
+    return copy
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     lines = logging.StreamHandler()  # of JSON, as they are
@@ -97,22 +118,24 @@ def main() -> None:
     logging.getLogger("phi-mm.requests").propagate = False
     try:
         settings = Settings.read()
+        store = Store(settings.store, settings.log_rows) if settings.store else None
+        copying = make_copy(settings, store)
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
-    store = Store(settings.store, settings.log_rows) if settings.store else None
     engine = Engine(lambda: make_generator(settings), settings.limits, Journal(store))
     engine.start()
     if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
         engine.wait_until_loaded()
     page = ChatPage(engine).build()
-    page.launch(
-        theme=theme(),
-        css=CSS,
-        js=JS,
-        app_kwargs={"routes": routes(engine)},
-        show_error=True,
-        ssr_mode=False,
-    )
+    with copying:
+        page.launch(
+            theme=theme(),
+            css=CSS,
+            js=JS,
+            app_kwargs={"routes": routes(engine)},
+            show_error=True,
+            ssr_mode=False,
+        )
 
 
 if __name__ == "__main__":

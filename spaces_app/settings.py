@@ -10,6 +10,7 @@ from engine.precision import AUTO, ON_CPU, ON_GPU
 from engine.service import Limits
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 MEGABYTE = 1 << 20
 
 
@@ -24,6 +25,8 @@ class Settings:
         media_bytes, prefix_bytes: memory for what was seen and heard, and for conversations.
         limits: of queue and time.
         store, log_rows: folder of the records of requests, None to keep none, and how many to keep.
+        dataset, dataset_minutes: Hub id of the data set that they are copied to, None for none, and
+            how often.
     """
 
     model: str
@@ -34,6 +37,8 @@ class Settings:
     limits: Limits
     store: Path | None
     log_rows: int
+    dataset: str | None
+    dataset_minutes: int
 
     @classmethod
     def read(cls, given: Mapping[str, str] = os.environ) -> "Settings":
@@ -57,6 +62,12 @@ class Settings:
                 f"got PHI_MM_PRECISION={precision}, expected one of {AUTO}, "
                 f"{', '.join((*ON_GPU, *ON_CPU))}"
             )
+        dataset = given.get("PHI_MM_DATASET") or None
+        if dataset and not (REPOSITORY.fullmatch(dataset) and given.get("PHI_MM_STORE")):
+            raise ValueError(
+                f"got PHI_MM_DATASET={dataset} with PHI_MM_STORE={given.get('PHI_MM_STORE')}, "
+                "expected OWNER/NAME, and a folder for the records that are copied there"
+            )
         limits = Limits(
             _number(given, "PHI_MM_WAITING", Limits.waiting),
             _number(given, "PHI_MM_WAIT_SECONDS", Limits.wait_seconds),
@@ -71,6 +82,8 @@ class Settings:
             limits=limits,
             store=Path(given["PHI_MM_STORE"]) if given.get("PHI_MM_STORE") else None,
             log_rows=_number(given, "PHI_MM_LOG_ROWS", 100_000),
+            dataset=dataset,
+            dataset_minutes=_number(given, "PHI_MM_DATASET_MINUTES", 5),
         )
 
 
