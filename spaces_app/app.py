@@ -20,12 +20,17 @@ from engine.loading import load
 from engine.precision import choose
 from engine.service import Engine
 from engine.zero import LentGenerator
-from pages.chat import CSS, ChatPage
+from monitoring.alerts import Alerts
+from monitoring.metrics import Metrics
+from monitoring.owner import Owner
+from monitoring.queries import Records
+from pages import chat, dashboard
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from records.journal import Journal
 from records.store import Store
 from settings import Settings
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from transformers import PreTrainedModel
 
@@ -73,8 +78,8 @@ def _senses(model: PreTrainedModel) -> str:
     return " and ".join(sees) or "takes text alone"
 
 
-def routes(engine: Engine) -> list[Route]:
-    """/health: the process works. /ready: the model answers."""
+def routes(engine: Engine, metrics: Metrics, owner: Owner) -> list[Route]:
+    """/health: the process works. /ready: the model answers. /metrics: numbers for the owner."""
 
     def health(request: Request) -> JSONResponse:
         return _answer(engine, engine.alive)
@@ -82,7 +87,21 @@ def routes(engine: Engine) -> list[Route]:
     def ready(request: Request) -> JSONResponse:
         return _answer(engine, engine.ready)
 
-    return [Route("/health", health), Route("/ready", ready)]
+    def measured(request: Request) -> Response:
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        try:  # nothing is no wrong guess, which would count
+            right = owner.admit(given) if kind.lower() == "bearer" or not owner.known else False
+        except ValueError as error:
+            return PlainTextResponse(str(error), 429 if owner.known else 403)
+        if not right:
+            return PlainTextResponse(
+                "send the owner's secret: Authorization: Bearer SECRET",
+                status_code=401,
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return [Route("/health", health), Route("/ready", ready), Route("/metrics", measured)]
 
 
 def _answer(engine: Engine, good: bool) -> JSONResponse:
@@ -100,15 +119,22 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
     store = Store(settings.store, settings.log_rows) if settings.store else None
-    engine = Engine(lambda: make_generator(settings), settings.limits, Journal(store))
+    records = Records(settings.store) if settings.store else None
+    metrics, alerts = Metrics(), Alerts(settings.alerts, settings.store)
+    journal = Journal(store, [metrics.watch, alerts.watch])
+    engine = Engine(lambda: make_generator(settings), settings.limits, journal)
+    metrics.read(engine, records)
     engine.start()
+    alerts.start()
     if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
         engine.wait_until_loaded()
-    page = ChatPage(engine).build()
+    owner = Owner(settings.owner_secret)
+    page = chat.ChatPage(engine).build()
+    dashboard.Dashboard(engine, records, owner).add_to(page)
     page.launch(
         theme=gr.themes.Soft(),
-        css=CSS,
-        app_kwargs={"routes": routes(engine)},
+        css=chat.CSS + dashboard.CSS,
+        app_kwargs={"routes": routes(engine, metrics, owner)},
         show_error=True,
         ssr_mode=False,
     )
