@@ -8,7 +8,8 @@ import gradio as gr
 from engine.service import Engine
 from gradio.data_classes import ImageData
 
-from .conversation import Conversation
+from .conversation import Conversation, Turn
+from .rating import THUMBS, RatingForm
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 KEEP_FILES = 3600  # seconds that uploaded pictures and recordings stay on the disk
@@ -31,6 +32,8 @@ class ChatPage:
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self.stored = engine.journal.store is not None
+        self.rating = RatingForm(engine.journal)
 
     def build(self) -> gr.Blocks:
         with gr.Blocks(title=TITLE, delete_cache=(KEEP_FILES, KEEP_FILES)) as blocks:
@@ -45,10 +48,11 @@ class ChatPage:
                 editable="user",
                 group_consecutive_messages=False,  # or gradio 6.31 edits the first, a picture
                 buttons=["copy", "copy_all"],
-                feedback_options=None,
+                feedback_options=THUMBS if self.stored else None,
                 allow_tags=False,
                 placeholder="Show a picture, say something, or type a question.",
             )
+            self.rating.build()
             self._build_fields()
             self._build_examples()
             self._connect()
@@ -96,16 +100,17 @@ class ChatPage:
                     self.length = gr.Slider(
                         16, 512, value=256, step=16, label="Longest answer", info="in tokens"
                     )
-                stored = self.engine.journal.store is not None
                 self.keep = gr.Checkbox(
                     False,
                     label="The owner may keep what I ask and show, and the answers",
                     info="Otherwise only numbers are kept: times, lengths, what went wrong.",
-                    visible=stored,
+                    visible=self.stored,
                     elem_id="keep",
                 )
                 self.delete = gr.Button(
-                    "Delete this conversation and what is kept of it", size="sm", visible=stored
+                    "Delete this conversation and what is kept of it",
+                    size="sm",
+                    visible=self.stored,
                 )
             with gr.Column(scale=1, min_width=220):
                 self.image = gr.Image(
@@ -161,6 +166,9 @@ class ChatPage:
         self.delete.click(
             self._delete, self.conversation, [self.talk, *fields], queue=False, **private
         )
+        if self.stored:
+            cleared = [self.clear.click, self.talk.clear, self.delete.click]
+            self.rating.connect(self.talk, self.conversation, self.keep, cleared)
 
     async def _send(
         self, text, image, audio, length, temperature, keep, conversation: Conversation
@@ -181,6 +189,7 @@ class ChatPage:
     ) -> AsyncIterator[list]:
         self.engine.stop(conversation.name)
         conversation.go_back(_place(asked.index))
+        yield gr.update(feedback_value=conversation.thumbs())
         async for _ in conversation.answer(self.engine, length, temperature, keep):
             yield conversation.shown()
 
@@ -190,6 +199,7 @@ class ChatPage:
         self.engine.stop(conversation.name)
         conversation.go_back(_place(asked.index))
         conversation.turns[-1].text = asked.value
+        yield gr.update(feedback_value=conversation.thumbs())
         async for _ in conversation.answer(self.engine, length, temperature, keep):
             yield conversation.shown()
 
@@ -201,14 +211,16 @@ class ChatPage:
         return [], "", None, None
 
     async def _delete(self, conversation: Conversation) -> tuple:
-        cleared = self._clear(conversation)
         try:
-            await self.engine.journal.delete(conversation.name)
+            await self._delete_kept(conversation)
         except ValueError as error:
             gr.Warning(str(error))
-            return cleared
+        return [], "", None, None
+
+    async def _delete_kept(self, conversation: Conversation) -> None:
+        self._drop(conversation)
+        await self.engine.journal.delete(conversation.name)
         conversation.name = ""  # what is asked next is another conversation
-        return cleared
 
     def _drop(self, conversation: Conversation) -> None:
         conversation.turns.clear()
@@ -216,22 +228,20 @@ class ChatPage:
         self.engine.forget(conversation.name)
 
     def _build_api(self) -> None:
-        """Two endpoints for programs; gradio documents them by these functions' docstrings."""
+        """Endpoints for programs; gradio documents them by these functions' docstrings."""
         answer = gr.Textbox(label="answer", visible=False)
-        gr.Button(visible=False).click(
-            self.ask,
-            [self.text, self.image, self.audio, self.length, self.temperature, self.conversation],
-            answer,
-            api_name="ask",
-            show_progress="hidden",
-        )
-        gr.Button(visible=False).click(
-            self.forget,
-            self.conversation,
-            None,
-            api_name="forget",
-            show_progress="hidden",
-        )
+        rating = gr.Number(label="rating", visible=False)
+        talk, words = self.conversation, [self.rating.reason, self.rating.correction]
+        asked = [self.text, self.image, self.audio, self.length, self.temperature, talk, self.keep]
+        endpoints = [("ask", self.ask, asked, answer), ("forget", self.forget, talk, None)]
+        if self.stored:
+            rated = [rating, *words, self.keep, talk]
+            endpoints.append(("feedback", self.feedback, rated, None))
+            endpoints.append(("delete", self.delete_kept, talk, None))
+        for name, function, inputs, outputs in endpoints:
+            gr.Button(visible=False).click(
+                function, inputs, outputs, api_name=name, show_progress="hidden"
+            )
 
     async def ask(
         self,
@@ -241,6 +251,7 @@ class ChatPage:
         length: float = 256,
         temperature: float = 0.0,
         conversation: Conversation | None = None,
+        keep: bool = False,
     ) -> AsyncIterator[str]:
         """Ask phi-mm about text, a picture, a recording, or all of them; the answer grows.
 
@@ -252,11 +263,12 @@ class ChatPage:
             audio: a recording to listen to.
             length: most tokens of the answer.
             temperature: 0 for the likeliest words.
+            keep: the owner may keep what is asked and shown, and the answer.
         """
         conversation = conversation or Conversation()  # tools of the MCP endpoint have none
         try:
             conversation.ask(text, image, audio)
-            async for turn in conversation.answer(self.engine, length, temperature):
+            async for turn in conversation.answer(self.engine, length, temperature, keep):
                 if turn.error:
                     conversation.turns.pop()
                     raise ValueError(turn.error)
@@ -268,6 +280,39 @@ class ChatPage:
         """Forget this client's conversation."""
         if conversation is not None:
             self._drop(conversation)
+
+    async def feedback(
+        self,
+        rating: int,
+        reason: str = "",
+        correction: str = "",
+        keep: bool = False,
+        conversation: Conversation | None = None,
+    ) -> None:
+        """Rate the last answer of this client's conversation.
+
+        Args:
+            rating: 1 for a good answer, -1 for a bad one, 0 to take a rating back.
+            reason: what was wrong.
+            correction: what the answer should have been.
+            keep: the owner may keep these words, and the whole conversation with them; must be set
+                when there are any.
+        """
+        conversation = conversation or Conversation()
+        try:
+            turn = conversation.turns[-1] if conversation.turns else Turn()
+            await self.rating.rate(conversation, turn, rating, reason, correction, keep)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    async def delete_kept(self, conversation: Conversation | None = None) -> None:
+        """Delete this client's conversation and all that is kept of it."""
+        if conversation is None:
+            return
+        try:
+            await self._delete_kept(conversation)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
 
 
 def _as_it_came(preprocess: Callable, payload: ImageData | None) -> str | None:

@@ -5,11 +5,12 @@ import json
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
-from .store import Content, Record, Store
+from .record import Content, Feedback, Record
+from .store import Store
 
 log = logging.getLogger("phi-mm")
 requests = logging.getLogger("phi-mm.requests")
@@ -71,6 +72,26 @@ class Journal:
                 f"what is kept could not be deleted now: try again, or give the Space's owner "
                 f"the conversation's name, {conversation}"
             ) from None
+
+    async def rate(self, feedback: Feedback, contents: Mapping[str, Content]) -> None:
+        """Writes what a user thinks of an answer, as `Store.rate`.
+
+        Raises:
+            ValueError: it could not be written, or nothing is kept of the answer; says what to do.
+        """
+        if self.store is None:
+            raise ValueError("nothing is kept here, so answers cannot be rated")
+        try:
+            there = await asyncio.wrap_future(
+                self._thread.submit(self.store.rate, feedback, contents)
+            )
+        except (OSError, sqlite3.Error) as error:
+            log.error("feedback on request %s could not be stored: %s", feedback.request, error)
+            raise ValueError("your feedback could not be stored now: try again later") from None
+        if not there:
+            raise ValueError(
+                "nothing is kept of this answer any more: ask again, and rate the new one"
+            )
 
     def close(self) -> None:
         """Writes what is pending."""
