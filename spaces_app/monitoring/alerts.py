@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from records.store import Record
+from records.record import Record
 
 log = logging.getLogger("phi-mm.alerts")
 WINDOW_SECONDS = 300.0

@@ -8,7 +8,7 @@ from engine.service import Engine
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from records.store import Record
+from records.record import Record
 
 from .queries import Records
 

@@ -3,15 +3,14 @@
 import contextlib
 import json
 import sqlite3
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from records.store import BUSY_SECONDS, Record
+from records.record import COLUMNS
+from records.store import BUSY_SECONDS
 
 FILE = "requests.sqlite3"
-COLUMNS = [item.name for item in fields(Record)]
 NUMBERS = [name for name in COLUMNS if name not in ("id", "conversation", "parent")]
 RATED = "requests LEFT JOIN feedback ON feedback.request = requests.id"
 
