@@ -28,6 +28,12 @@ def prepare(records: pd.DataFrame, width: float) -> pd.DataFrame:
     return frame
 
 
+def pieces(since: float, until: float, width: float) -> pd.DatetimeIndex:
+    """All pieces of a time, as `prepare` names them: those without requests are shown too."""
+    starts = np.arange(since // width, until // width + 1) * width
+    return pd.to_datetime(starts, unit="s")
+
+
 def summary(frame: pd.DataFrame) -> dict[str, str]:
     """A time in a few numbers, by their names."""
     asked, wrong = len(frame), int(frame.outcome.isin(FAILED).sum())
@@ -47,71 +53,62 @@ def summary(frame: pd.DataFrame) -> dict[str, str]:
     }
 
 
-def outcomes(frame: pd.DataFrame) -> pd.DataFrame:
-    """Requests by outcome and piece of time."""
-    return _counts(frame, frame.outcome.rename("outcome"))
+def outcomes(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
+    """Requests by outcome."""
+    return _counts(frame, frame.outcome.rename("outcome"), when)
 
 
-def errors(frame: pd.DataFrame) -> pd.DataFrame:
+def errors(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
     """Requests that went wrong, by outcome and class of the error."""
     wrong = frame[frame.outcome.isin((*FAILED, "refused"))]
     kinds = (wrong.outcome + " " + wrong.error).str.strip()
-    return _counts(wrong, kinds.rename("error"))
+    return _counts(wrong, kinds.rename("error"), when)
 
 
-def modalities(frame: pd.DataFrame) -> pd.DataFrame:
-    """Requests by what was given, and piece of time."""
+def modalities(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
+    """Requests by what was given."""
     pictures, recordings = frame.images > 0, frame.recordings > 0
     kinds = np.select(
         [pictures & recordings, pictures, recordings],
         ["picture and recording", "picture", "recording"],
         "text alone",
     )
-    return _counts(frame, pd.Series(kinds, frame.index, dtype=str, name="given"))
+    return _counts(frame, pd.Series(kinds, frame.index, dtype=str, name="given"), when)
 
 
-def ratings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Thumbs by piece of time."""
+def ratings(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
+    """Answers by thumb."""
     rated = frame[frame.rating.isin([1, -1])]
     thumbs = rated.rating.map({1: "up", -1: "down"}).astype(str)
-    return _counts(rated, thumbs.rename("thumb"))
+    return _counts(rated, thumbs.rename("thumb"), when)
 
 
-def first_token(frame: pd.DataFrame) -> pd.DataFrame:
-    """Quantiles of the time to the first token, by piece of time, and the changes of model."""
-    pieces = frame.dropna(subset="first").groupby("when")["first"]
-    table = pieces.quantile(list(QUANTILES.values())).rename("seconds").reset_index()
-    named = {value: name for name, value in QUANTILES.items()}
-    table["quantile"] = table.pop("level_1").map(named).astype(str)
-    marks = changes(frame, table.seconds.max())
-    return _joined(table, marks, "seconds", "quantile")
+def first_token(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
+    """Quantiles of the time to the first token, and the changes of model."""
+    table = frame.groupby("when")["first"].quantile(list(QUANTILES.values())).unstack()
+    table = table.reindex(columns=list(QUANTILES.values())).set_axis(list(QUANTILES), axis=1)
+    return _marked(table, frame, when, "seconds")
 
 
-def speed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Median of tokens per second, by piece of time, and the changes of model."""
-    table = frame.dropna(subset="speed").groupby("when").speed.median().reset_index()
-    table["series"] = pd.Series("median", table.index, dtype=str)
-    return _joined(table, changes(frame, table.speed.max()), "speed", "series")
+def speed(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
+    """Median of tokens per second, and the changes of model."""
+    table = frame.groupby("when").speed.median().to_frame("median")
+    return _marked(table, frame, when, "tokens per second")
 
 
-def largest(frame: pd.DataFrame, column: str, scale: float = 1.0) -> pd.DataFrame:
-    """The largest value of a column, by piece of time."""
-    return (frame.groupby("when")[column].max() / scale).reset_index()
+def largest(
+    frame: pd.DataFrame, when: pd.DatetimeIndex, column: str, scale: float = 1.0
+) -> pd.DataFrame:
+    """The largest value of a column; none is 0."""
+    found = frame.groupby("when")[column].max().reindex(when, fill_value=0) / scale
+    return found.rename_axis("when").reset_index()
 
 
-def changes(frame: pd.DataFrame, height: float) -> pd.DataFrame:
-    """An upright line, two points, for each change of the model or its revision."""
-    known = frame[frame.model != ""].sort_values("time")
-    changed = known[known.model.ne(known.model.shift()) & known.model.shift().notna()]
-    names = [f"{number}: {name}" for number, name in enumerate(changed.model, start=1)]
-    when = pd.to_datetime(changed.time.to_numpy(), unit="s")
-    return pd.DataFrame(
-        {
-            "when": when.repeat(2),
-            "height": np.tile([0.0, height], len(names)),
-            "name": pd.Series(np.repeat(names, 2), dtype=str),
-        }
-    )
+def changes(frame: pd.DataFrame) -> pd.DataFrame:
+    """When the model or its revision changed, and to which one: `time` and `model`."""
+    known = frame.loc[frame.model != "", ["time", "model"]].sort_values("time")
+    before = known.model.shift()
+    return known[before.notna() & (known.model != before)]
 
 
 def drift(before: pd.Series, now: pd.Series) -> float | None:
@@ -148,10 +145,24 @@ def distribution(before: pd.Series, now: pd.Series) -> pd.DataFrame:
     return pd.concat(parts) if parts else empty
 
 
-def _counts(frame: pd.DataFrame, kinds: pd.Series) -> pd.DataFrame:
-    return frame.groupby(["when", kinds]).size().rename("requests").reset_index()
+def _counts(frame: pd.DataFrame, kinds: pd.Series, when: pd.DatetimeIndex) -> pd.DataFrame:
+    table = pd.crosstab(frame.when, kinds).reindex(when, fill_value=0)
+    return _long(table, kinds.name, "requests")
 
 
-def _joined(table: pd.DataFrame, marks: pd.DataFrame, y: str, series: str) -> pd.DataFrame:
-    marks = marks.rename(columns={"height": y, "name": series})
-    return pd.concat([part for part in (table, marks) if len(part)]) if len(table) else table
+def _marked(
+    table: pd.DataFrame, frame: pd.DataFrame, when: pd.DatetimeIndex, y: str
+) -> pd.DataFrame:
+    """With an upright line for each change of the model: two points, and a gap after them."""
+    lines = _long(table.reindex(when), "series", y)
+    times = pd.to_datetime(changes(frame).time.to_numpy(), unit="s")
+    if not len(times):
+        return lines
+    heights = np.tile([0.0, lines[y].max(), np.nan], len(times))
+    marks = pd.DataFrame({"when": times.repeat(3), "series": "new model", y: heights})
+    return pd.concat([lines, marks])
+
+
+def _long(table: pd.DataFrame, kind: str, y: str) -> pd.DataFrame:
+    long = table.rename_axis("when").reset_index().melt("when", var_name=kind, value_name=y)
+    return long.astype({kind: str, y: float})

@@ -28,7 +28,22 @@ NO_STORE = """Nothing is kept, so there is nothing to show. Set `PHI_MM_STORE` t
 start the Space again."""
 PIECES = 60  # of a time, in a plot
 ROWS = 200  # of the table
+MOST_CHANGES = 5  # of the model, that are named
 LARGEST_MEDIUM = 20 << 20  # bytes that are sent to be shown
+GREEN, YELLOW, RED, GREY = "#10b981", "#f59e0b", "#ef4444", "#94a3b8"
+COLORS = {
+    "outcome": {
+        "finished": GREEN,
+        "length": "#0ea5e9",
+        "stopped": GREY,
+        "timeout": YELLOW,
+        "refused": "#a855f7",
+        "failed": RED,
+    },
+    "thumb": {"up": GREEN, "down": RED},
+    "series": {"p50": GREEN, "p95": YELLOW, "p99": RED, "median": GREEN, "new model": "#6366f1"},
+    "part": {"before": GREY, "now": "#6366f1"},
+}
 TABLE = {
     "time (UTC)": "when",
     "outcome": "outcome",
@@ -53,7 +68,7 @@ DOWNLOAD = """(text) => {
     URL.revokeObjectURL(link.href);
 }"""
 CSS = """
-.tiles {display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 0.6rem}
+.tiles {display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 0.6rem}
 .tiles div {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 0.6rem}
 .tiles div {background: var(--block-background-fill)}
 .tiles dt {font-size: 0.8rem; color: var(--body-text-color-subdued)}
@@ -128,27 +143,35 @@ class Dashboard:
         self._connect()
 
     def _build_plots(self) -> None:
-        bars, lines = gr.BarPlot, gr.LinePlot
-        plots: dict[str, gr.Component] = {}
+        self.plots: list[gr.Component] = []
 
         def plot(kind: type, title: str, y: str, color: str | None = None, x: str = "when") -> None:
-            label = {"when": "time"}.get(x, x)
-            plots[title] = kind(
-                x=x, y=y, color=color, title=title, x_title=label, height=240, min_width=320
+            made = kind(
+                x=x,
+                y=y,
+                color=color,
+                title=title,
+                x_title={"when": "time"}.get(x, x),
+                y_lim=[0, None],
+                color_title=" ",
+                color_map=COLORS.get(color),
+                height=240,
+                min_width=320,
             )
+            self.plots.append(made)
 
         with gr.Row():
-            plot(bars, "Requests", "requests", "outcome")
-            plot(bars, "Errors", "requests", "error")
+            plot(gr.BarPlot, "Requests", "requests", "outcome")
+            plot(gr.BarPlot, "Errors", "requests", "error")
         with gr.Row():
-            plot(lines, "Seconds to the first token", "seconds", "quantile")
-            plot(lines, "Tokens per second", "speed", "series")
+            plot(gr.LinePlot, "Time to the first token", "seconds", "series")
+            plot(gr.LinePlot, "Speed", "tokens per second", "series")
         with gr.Row():
-            plot(lines, "Longest queue", "waiting")
-            plot(lines, "Memory in GB", "resident_bytes")
+            plot(gr.LinePlot, "Longest queue", "waiting")
+            plot(gr.LinePlot, "Memory", "GB")
         with gr.Row():
-            plot(bars, "What was given", "requests", "given")
-            plot(bars, "Thumbs", "requests", "thumb")
+            plot(gr.BarPlot, "What was given", "requests", "given")
+            plot(gr.BarPlot, "Thumbs", "requests", "thumb")
         gr.Markdown(
             "### Lengths of questions\nThis time against the time before it of the same length; of "
             "all, the second half against the first. Each line tells how many percent of the "
@@ -157,8 +180,7 @@ class Dashboard:
         self.drift = gr.HTML(elem_id="drift")
         with gr.Row():
             for title in figures.LENGTHS.values():
-                plot(lines, title.capitalize(), "percent", "part", x="length")
-        self.plots = plots
+                plot(gr.LinePlot, title.capitalize(), "percent", "part", x="length")
 
     def _build_requests(self) -> None:
         gr.Markdown(f"### Requests\nThe newest {ROWS} of this time. Choose one to see all of it.")
@@ -181,7 +203,7 @@ class Dashboard:
 
     def _connect(self) -> None:
         private = {"api_visibility": "private", "show_progress": "hidden"}
-        looked = [self.tiles, self.drift, *self.plots.values(), self.table]
+        looked = [self.tiles, self.drift, *self.plots, self.table]
         inputs = [self.logged_in, self.span, self.outcome]
         gr.on(
             [self.enter.click, self.secret.submit],
@@ -240,21 +262,22 @@ class Dashboard:
                 since = middle = now - seconds
             chosen = None if outcome == ALL else outcome
             table = self.records.table(since, now, chosen, ROWS)
-        frame = figures.prepare(records, max(now - since, 1.0) / PIECES)
+        width = max(now - since, 1.0) / PIECES
+        frame, when = figures.prepare(records, width), figures.pieces(since, now, width)
         inside, lengths = frame[frame.time >= since], frame[frame.prompt_tokens > 0]
         before, after = lengths[lengths.time < middle], lengths[lengths.time >= middle]
-        limits = [since, now]
+        memory = figures.largest(inside, when, "resident_bytes", 1e9)
         return [
             self._summary(inside),
             _drift(before, after),
-            gr.BarPlot(figures.outcomes(inside), x_lim=limits),
-            gr.BarPlot(figures.errors(inside), x_lim=limits),
-            gr.LinePlot(figures.first_token(inside), x_lim=limits),
-            gr.LinePlot(figures.speed(inside), x_lim=limits),
-            gr.LinePlot(figures.largest(inside, "waiting"), x_lim=limits),
-            gr.LinePlot(figures.largest(inside, "resident_bytes", 1e9), x_lim=limits),
-            gr.BarPlot(figures.modalities(inside), x_lim=limits),
-            gr.BarPlot(figures.ratings(inside), x_lim=limits),
+            figures.outcomes(inside, when),
+            figures.errors(inside, when),
+            figures.first_token(inside, when),
+            figures.speed(inside, when),
+            figures.largest(inside, when, "waiting"),
+            memory.rename(columns={"resident_bytes": "GB"}),
+            figures.modalities(inside, when),
+            figures.ratings(inside, when),
             *(figures.distribution(before[name], after[name]) for name in figures.LENGTHS),
             _rows(figures.prepare(table, 1.0)),
         ]
@@ -262,11 +285,15 @@ class Dashboard:
     def _summary(self, frame: pd.DataFrame) -> str:
         engine, memory = self.engine, psutil.Process().memory_info().rss
         now = {
-            "now": engine.describe(),
             "in the queue now": engine.waiting,
             "memory now": f"{memory / 1e9:.2f} GB",
         }
-        return _tiles(now | figures.summary(frame))
+        state = f"<p>{html.escape(engine.describe())}</p>"
+        changed = [
+            f"<p>New model: {html.escape(model)}, {_moment(when)} UTC</p>"
+            for when, model in figures.changes(frame).itertuples(index=False)
+        ]
+        return state + _tiles(now | figures.summary(frame)) + "".join(changed[-MOST_CHANGES:])
 
     def _open(self, logged_in: bool, request: str) -> list:
         _check(logged_in)
@@ -330,13 +357,21 @@ def _drift(before: pd.DataFrame, now: pd.DataFrame) -> str:
     )
 
 
+def _moment(when: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(when))
+
+
 def _thumb(rating: float | None) -> str:
     return {1: "up", -1: "down"}.get(rating, "")
 
 
 def _rows(table: pd.DataFrame) -> list[list[str]]:
-    table = table.assign(thumb=table.rating.map(_thumb), first=table["first"].round(2))
-    table = table.assign(total_seconds=table.total_seconds.round(2))
+    table = table.assign(
+        when=table.time.map(_moment),
+        thumb=table.rating.map(_thumb),
+        first=table["first"].round(2),
+        total_seconds=table.total_seconds.round(2),
+    )
     return table[list(TABLE.values())].fillna("").astype(str).values.tolist()
 
 
