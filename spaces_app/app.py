@@ -22,14 +22,20 @@ from engine.loading import load
 from engine.precision import choose
 from engine.service import Engine
 from engine.zero import LentGenerator
+from monitoring.alerts import Alerts
+from monitoring.metrics import Metrics
+from monitoring.owner import Owner
+from monitoring.queries import Records
+from pages import dashboard
 from pages.chat import ChatPage
 from pages.look import CSS, JS, theme
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from records.hub_copy import HubCopy
 from records.journal import Journal
 from records.store import Store
 from settings import Settings
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from transformers import PreTrainedModel
 
@@ -77,8 +83,8 @@ def _senses(model: PreTrainedModel) -> str:
     return " and ".join(sees) or "takes text alone"
 
 
-def routes(engine: Engine) -> list[Route]:
-    """/health: the process works. /ready: the model answers."""
+def routes(engine: Engine, metrics: Metrics, owner: Owner) -> list[Route]:
+    """/health: the process works. /ready: the model answers. /metrics: numbers for the owner."""
 
     def health(request: Request) -> JSONResponse:
         return _answer(engine, engine.alive)
@@ -86,7 +92,21 @@ def routes(engine: Engine) -> list[Route]:
     def ready(request: Request) -> JSONResponse:
         return _answer(engine, engine.ready)
 
-    return [Route("/health", health), Route("/ready", ready)]
+    def measured(request: Request) -> Response:
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        try:  # nothing is no wrong guess, which would count
+            right = owner.admit(given) if kind.lower() == "bearer" or not owner.known else False
+        except ValueError as error:
+            return PlainTextResponse(str(error), 429 if owner.known else 403)
+        if not right:
+            return PlainTextResponse(
+                "send the owner's secret: Authorization: Bearer SECRET",
+                status_code=401,
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return [Route("/health", health), Route("/ready", ready), Route("/metrics", measured)]
 
 
 def _answer(engine: Engine, good: bool) -> JSONResponse:
@@ -122,17 +142,24 @@ def main() -> None:
         copying = make_copy(settings, store)
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
-    engine = Engine(lambda: make_generator(settings), settings.limits, Journal(store))
+    records = Records(settings.store) if settings.store else None
+    metrics, alerts = Metrics(), Alerts(settings.alerts, settings.store)
+    journal = Journal(store, [metrics.watch, alerts.watch])
+    engine = Engine(lambda: make_generator(settings), settings.limits, journal)
+    metrics.read(engine, records)
     engine.start()
+    alerts.start()
     if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
         engine.wait_until_loaded()
+    owner = Owner(settings.owner_secret)
     page = ChatPage(engine).build()
+    dashboard.Dashboard(engine, records, owner).add_to(page)
     with copying:
         page.launch(
             theme=theme(),
-            css=CSS,
+            css=CSS + dashboard.CSS,
             js=JS,
-            app_kwargs={"routes": routes(engine)},
+            app_kwargs={"routes": routes(engine, metrics, owner)},
             show_error=True,
             ssr_mode=False,
         )
