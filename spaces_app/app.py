@@ -28,7 +28,7 @@ from monitoring.owner import Owner
 from monitoring.queries import Records
 from pages import dashboard
 from pages.chat import ChatPage
-from pages.look import CSS, JS, theme
+from pages.look import CSS, HEAD, JS, theme
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from records.hub_copy import HubCopy
 from records.journal import Journal
@@ -158,6 +158,7 @@ def main() -> None:
         page.launch(
             theme=theme(),
             css=CSS + dashboard.CSS,
+            head=HEAD,
             js=JS,
             app_kwargs={"routes": routes(engine, metrics, owner)},
             show_error=True,

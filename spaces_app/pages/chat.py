@@ -67,6 +67,7 @@ class ChatPage:
     def _build_talk(self) -> None:
         self.talk = gr.Chatbot(
             label="Conversation",
+            show_label=False,  # it would lie on the messages
             elem_id="talk",
             editable="user",
             group_consecutive_messages=False,  # or gradio 6.31 edits the first, a picture

@@ -6,19 +6,25 @@ import gradio as gr
 # Its last line in a turn, what the answer took, is no bubble and needs no buttons of its own.
 CSS = """
 #about h1, #about p, #state p {margin: 0}
-#talk {height: calc(100dvh - 29rem) !important; min-height: 18rem}
+#talk {height: calc(100dvh - 26.5rem) !important; min-height: 18rem}
+#talk img {max-height: 12rem; width: auto}
 #talk [aria-label=Share] {display: none}
+#talk .message-row {margin-block: 0.5rem 0.25rem}
+#talk .message-buttons + .bot-row:has(em:only-child) {margin-top: 0.25rem}
 #talk .message-buttons + .bot-row:has(em:only-child) .message {
-  background: none; border: none; box-shadow: none; padding-block: 0}
-#talk .message-buttons + .bot-row:has(em:only-child) em {
-  font-size: 0.8rem; font-style: normal; color: var(--body-text-color-subdued)}
+  background: none; border: none; box-shadow: none; padding: 0 0 0.5rem}
+#talk .message-buttons + .bot-row:has(em:only-child) p {
+  font-size: 0.8rem; line-height: 1.4; color: var(--body-text-color-subdued)}
+#talk .message-buttons + .bot-row:has(em:only-child) em {font-style: normal; color: inherit}
 #talk .message-buttons + .bot-row:has(em:only-child) + .message-buttons {display: none}
 :focus-visible {outline: 2px solid var(--color-accent) !important; outline-offset: 1px}
-@media (max-width: 640px) {
-  #talk {height: calc(100dvh - 22rem) !important}
-  .gradio-container > main {padding: 0.5rem !important}
-}
+@media (max-width: 640px) {#talk {height: calc(100dvh - 22rem) !important}}
 """
+# Where CSS does not reach, which gradio confines to what it is given. The other page is the owner's.
+HEAD = """<style>
+body:has(#talk) .nav-holder {display: none}
+@media (max-width: 640px) {.gradio-container > .main {padding: 0.75rem !important}}
+</style>"""
 # gradio 6.31 shows the pictures of a conversation without the text that they were given.
 JS = """() => new MutationObserver(() => {
   for (const picture of document.querySelectorAll("#talk img[alt='']"))

@@ -1,6 +1,5 @@
-"""Chromium, the Space that it is shown, and what a person does there."""
+"""A Space, and a browser that visits it."""
 
-import shutil
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,77 +7,15 @@ from pathlib import Path
 import pytest
 import soundfile
 from engine.loading import load
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from phi_mm.hub.export import save_artefact
 
 from ..conftest import plainly
-from ..serving import ROOT, Served, serve
+from ..serving import Served, serve
+from .person import EXAMPLES, NAMES, PATIENCE, Talk, chromium, find_chromium
 
-PATIENCE = 30_000  # milliseconds: a machine may be busy
-EXAMPLES = ROOT / "spaces_app" / "examples"
-CHROMIUM = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--use-fake-device-for-media-stream",
-    "--use-fake-ui-for-media-stream",
-]
-
-
-class Talk:
-    """The page, as somebody uses it.
-
-    Args:
-        page: is on the Space.
-    """
-
-    def __init__(self, page: Page):
-        self.page = page
-        self.question = page.get_by_label("Question", exact=True)
-        self.picture, self.recording = page.locator("#picture"), page.locator("#recording")
-        self.conversation = page.get_by_role("log")
-        self.shown = self.picture.get_by_role("button", name="Remove Image")
-        self.played = self.recording.get_by_role("button", name="Play", exact=True)
-        # Gradio's fields have one of this name too, without words.
-        self.clear = page.get_by_role("button", name="Clear").filter(has_text="Clear")
-
-    def button(self, name: str) -> Locator:
-        return self.page.get_by_role("button", name=name, exact=True)
-
-    def said_by(self, who: str) -> Locator:
-        """The messages of "user" or "bot", one after the other."""
-        return self.conversation.get_by_test_id(who)
-
-    def set(self, name: str, value: float) -> None:
-        """A slider of the settings, which are open."""
-        number = self.page.get_by_label(f"number input for {name}")
-        number.fill(str(value))
-        number.press("Tab")
-
-    def show(self, path: Path | str) -> None:
-        """Uploads a picture."""
-        self.picture.locator("input[type=file]").set_input_files(path)
-        expect(self.shown).to_be_visible()
-
-    def play(self, path: Path | str) -> None:
-        """Uploads a recording."""
-        self.recording.locator("input[type=file]").set_input_files(path)
-        expect(self.played).to_be_visible()
-
-    def ask(self, text: str = "") -> str:
-        """Asks with what is in the fields, and waits for the whole answer."""
-        notes = self.said_by("bot").filter(has_text="tokens/s")
-        before = notes.count()
-        self.question.fill(text)
-        self.button("Send").click()
-        expect(notes).to_have_count(before + 1)
-        return self.said_by("bot").nth(-2).inner_text()
+SECRET = "known to the owner alone"
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +32,8 @@ def artefact(make_phi_mm: Callable, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def space(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(artefact, tmp_path_factory.mktemp("browser")) as space:
+    folder = tmp_path_factory.mktemp("browser")
+    with serve(artefact, folder, PHI_MM_OWNER_SECRET=SECRET) as space:
         yield space
 
 
@@ -124,15 +62,11 @@ def browser(spoken: Path) -> Iterator[Browser]:
     """Of a module and not of the session: its event loop runs as long as it is there, and tests
     elsewhere have their own.
     """
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
+    program = find_chromium()
     if program is None:
-        pytest.skip(f"there is no browser: none of {', '.join(names)} is installed")
-    with sync_playwright() as playwright:
-        arguments = [*CHROMIUM, f"--use-file-for-fake-audio-capture={spoken}"]
-        browser = playwright.chromium.launch(executable_path=program, args=arguments)
+        pytest.skip(f"there is no browser: none of {', '.join(NAMES)} is installed")
+    with chromium(program, spoken) as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -147,7 +81,6 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         page.goto(url)
         return page
 
-    expect.set_options(timeout=PATIENCE)
     yield visit
     for context in contexts:
         context.close()

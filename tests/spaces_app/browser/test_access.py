@@ -8,7 +8,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from ..serving import Served
-from .conftest import Talk
+from .person import Talk
 
 PHONE = {"width": 390, "height": 844}
 # Of gradio 6.31: the footer's picture of a cog has the words beside it as its own text.

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from phi_mm.hub.export import save_artefact
 
 from ..serving import Served, get, serve
-from .conftest import Talk
+from .person import Talk
 
 # The model's code is its artefact's: this one waits until it may go on.
 SLOW = """
@@ -22,22 +22,25 @@ while not __import__("pathlib").Path({gate!r}).exists():
 """
 
 
-@pytest.fixture
-def gate(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model is loaded once this file is there."""
-    return tmp_path / "gate"
+    return tmp_path_factory.mktemp("gate") / "gate"
 
 
-@pytest.fixture
-def slow_space(make_phi_mm: Callable, tmp_path: Path, gate: Path) -> Iterator[Served]:
-    """A Space whose model is still being loaded; it reads what Whisper heard."""
+@pytest.fixture(scope="module")
+def slow_space(
+    make_phi_mm: Callable, tmp_path_factory: pytest.TempPathFactory, gate: Path
+) -> Iterator[Served]:
+    """A Space without a secret, whose model is still being loaded; it reads what Whisper heard."""
+    folder = tmp_path_factory.mktemp("slow")
     model, processor = make_phi_mm(audio_route="transcript")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
     processor.transcript_tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    save_artefact(model, processor, tmp_path / "artefact")
-    with (tmp_path / "artefact" / "modeling_phi_mm.py").open("a") as code:
+    save_artefact(model, processor, folder / "artefact")
+    with (folder / "artefact" / "modeling_phi_mm.py").open("a") as code:
         code.write(SLOW.format(gate=str(gate)))
-    with serve(tmp_path / "artefact", tmp_path, until="health") as space:
+    with serve(folder / "artefact", folder, until="health") as space:
         yield space
 
 
@@ -61,3 +64,11 @@ def test_a_question_waits_until_the_model_is_there_and_what_was_heard_is_shown(
     expect(recording.get_by_role("button", name="Play", exact=True)).to_be_visible()
     expect(heard).to_contain_text("heard: w")
     expect(question).to_have_text("what?")
+
+
+def test_the_dashboard_lets_nobody_in_where_there_is_no_secret(
+    visit: Callable[..., Page], slow_space: Served
+) -> None:
+    page = visit(f"{slow_space.url}/dashboard")
+    expect(page.get_by_text("No secret is set, so nobody is let in.")).to_be_visible()
+    expect(page.get_by_label("Secret")).to_have_count(0)

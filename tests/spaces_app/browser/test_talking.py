@@ -13,7 +13,7 @@ from scipy.signal import correlate
 
 from ..conftest import assistant, user
 from ..serving import Served
-from .conftest import EXAMPLES, Talk
+from .person import EXAMPLES, Talk
 
 # Notes every text that the last message but one, the answer, has had.
 WATCH = """() => {
