@@ -1,5 +1,6 @@
 """The whole Space in a process of its own, started as users start it: page, API, health."""
 
+import asyncio
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ import pytest
 from engine.loading import load
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
+from mcp.types import CallToolResult
 from settings import Settings
 
 from .conftest import assistant, plainly, user
@@ -21,7 +25,8 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 @pytest.fixture(scope="module")
 def url(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where `phi-mm serve` serves the artefact."""
-    with serve(artefact, tmp_path_factory.mktemp("serve"), PHI_MM_PREFIX_MB="8") as space:
+    folder, settings = tmp_path_factory.mktemp("serve"), {"GRADIO_MCP_SERVER": "True"}
+    with serve(artefact, folder, PHI_MM_PREFIX_MB="8", **settings) as space:
         yield space.url
     assert "int8: the quickest on a CPU" in space.log
     told = [json.loads(line) for line in space.log.splitlines() if line.startswith("{")]
@@ -83,6 +88,33 @@ def test_curl_is_enough(url: str, artefact: Path) -> None:
         ids = plainly(model, processor, messages, 16)
         assert text == processor.tokenizer.decode(ids).strip()
         messages.append(assistant(text))
+
+
+def test_models_may_ask_by_mcp(url: str, artefact: Path) -> None:
+    model, processor = load(str(artefact), None, "int8")
+
+    async def ask() -> tuple[dict, list[CallToolResult]]:
+        async with (
+            streamable_http_client(f"{url}/gradio_api/mcp/") as (reading, writing, _),
+            ClientSession(reading, writing) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            given = [
+                {"text": "hello", "length": 16},
+                {"text": "again", "length": 16},
+                {"text": " "},
+            ]
+            return tools, [await session.call_tool("ask", words) for words in given]
+
+    tools, (hello, again, nothing) = asyncio.run(ask())
+    assert "picture" in tools["ask"].description
+    assert {"text", "image", "audio", "length"} <= tools["ask"].inputSchema["properties"].keys()
+    for question, answer in (("hello", hello), ("again", again)):  # each stands alone
+        ids = plainly(model, processor, [user(question)], 16)
+        assert answer.content[0].text == processor.tokenizer.decode(ids).strip()
+    assert nothing.isError
+    assert "got no question: type one, or record one" in nothing.content[0].text
 
 
 def test_errors_are_sentences_and_the_conversation_survives(url: str, tmp_path: Path) -> None:
