@@ -71,7 +71,7 @@ CSS = """
 .tiles {display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 0.6rem}
 .tiles div {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 0.6rem}
 .tiles div {background: var(--block-background-fill)}
-.tiles dt {font-size: 0.8rem; color: var(--body-text-color-subdued)}
+.tiles dt {font-size: 0.8rem; opacity: 0.75}
 .tiles dd {font-size: 1.15rem; margin: 0; font-weight: 600; overflow-wrap: anywhere}
 .media img, .media audio {max-width: 100%; max-height: 24rem}
 """
