@@ -20,6 +20,7 @@ from engine.loading import load
 from engine.precision import choose
 from engine.service import Engine
 from engine.zero import LentGenerator
+from monitoring import shown
 from monitoring.alerts import Alerts
 from monitoring.metrics import Metrics
 from monitoring.owner import Owner
@@ -133,7 +134,7 @@ def main() -> None:
     dashboard.Dashboard(engine, records, owner).add_to(page)
     page.launch(
         theme=gr.themes.Soft(),
-        css=chat.CSS + dashboard.CSS,
+        css=chat.CSS + shown.CSS,
         app_kwargs={"routes": routes(engine, metrics, owner)},
         show_error=True,
         ssr_mode=False,

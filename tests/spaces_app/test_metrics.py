@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import promql_parser
 import pytest
+from app import routes
 from engine.generation import Generator, Request
 from engine.service import Engine, Limits
 from monitoring.metrics import Metrics
@@ -23,8 +24,6 @@ from records.record import Feedback, Record
 from records.store import Store
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
-
-from app import routes
 
 from .conftest import user
 
