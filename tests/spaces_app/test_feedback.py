@@ -112,7 +112,7 @@ def test_the_page_takes_thumbs_and_words(make_engine, media, tmp_path, monkeypat
         assert talk.thumbs() == [None] * 6
         await form._send("good", "", True, talk)
         assert told == ["the answer that you rated is gone: rate another one"]
-        thumbs, *rest = await form._like(talk, clicked(9, True))
+        thumbs, *rest = await form._like(talk, clicked(10, True))
         assert told.pop().startswith("got a message that is gone")
         await page._delete(talk)
         assert feedback(folder) == [] and list((folder / "media").iterdir()) == []
