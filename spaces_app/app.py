@@ -3,8 +3,11 @@
 PHI_MM_MODEL=artefact python app.py
 """
 
+import contextlib
 import logging
 import os
+import signal
+import sqlite3
 import sys
 import time
 from pathlib import Path
@@ -27,6 +30,7 @@ from monitoring.owner import Owner
 from monitoring.queries import Records
 from pages import chat, dashboard
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from records.hub_copy import HubCopy
 from records.journal import Journal
 from records.store import Store
 from settings import Settings
@@ -110,6 +114,23 @@ def _answer(engine: Engine, good: bool) -> JSONResponse:
     return JSONResponse(told, status_code=200 if good else 503)
 
 
+def make_copy(settings: Settings, store: Store | None) -> HubCopy | contextlib.nullcontext[None]:
+    """Copies the records to the Hub while its block runs, where that is asked for.
+
+    Raises:
+        ValueError: they would be public.
+    """
+    if settings.dataset is None:
+        return contextlib.nullcontext()
+    try:
+        copy = HubCopy(store, settings.dataset, settings.dataset_minutes)
+    except (OSError, sqlite3.Error) as error:
+        log.error("records are not copied to %s, for the store fails: %s", settings.dataset, error)
+        return contextlib.nullcontext()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # the end of the block sends what is new
+    return copy
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     lines = logging.StreamHandler()  # of JSON, as they are
@@ -117,9 +138,10 @@ def main() -> None:
     logging.getLogger("phi-mm.requests").propagate = False
     try:
         settings = Settings.read()
+        store = Store(settings.store, settings.log_rows) if settings.store else None
+        copying = make_copy(settings, store)
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
-    store = Store(settings.store, settings.log_rows) if settings.store else None
     records = Records(settings.store) if settings.store else None
     metrics, alerts = Metrics(), Alerts(settings.alerts, settings.store)
     journal = Journal(store, [metrics.watch, alerts.watch])
@@ -132,13 +154,14 @@ def main() -> None:
     owner = Owner(settings.owner_secret)
     page = chat.ChatPage(engine).build()
     dashboard.Dashboard(engine, records, owner).add_to(page)
-    page.launch(
-        theme=gr.themes.Soft(),
-        css=chat.CSS + shown.CSS,
-        app_kwargs={"routes": routes(engine, metrics, owner)},
-        show_error=True,
-        ssr_mode=False,
-    )
+    with copying:
+        page.launch(
+            theme=gr.themes.Soft(),
+            css=chat.CSS + shown.CSS,
+            app_kwargs={"routes": routes(engine, metrics, owner)},
+            show_error=True,
+            ssr_mode=False,
+        )
 
 
 if __name__ == "__main__":

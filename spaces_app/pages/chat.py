@@ -188,7 +188,7 @@ class ChatPage:
         self, length, temperature, keep, conversation: Conversation, asked: gr.RetryData
     ) -> AsyncIterator[list]:
         self.engine.stop(conversation.name)
-        conversation.go_back(_place(asked.index))
+        conversation.go_back(asked.index)
         yield gr.update(feedback_value=conversation.thumbs())
         async for _ in conversation.answer(self.engine, length, temperature, keep):
             yield conversation.shown()
@@ -197,7 +197,7 @@ class ChatPage:
         self, length, temperature, keep, conversation: Conversation, asked: gr.EditData
     ) -> AsyncIterator[list]:
         self.engine.stop(conversation.name)
-        conversation.go_back(_place(asked.index))
+        conversation.go_back(asked.index)
         conversation.turns[-1].text = asked.value
         yield gr.update(feedback_value=conversation.thumbs())
         async for _ in conversation.answer(self.engine, length, temperature, keep):
@@ -322,8 +322,3 @@ def _as_it_came(preprocess: Callable, payload: ImageData | None) -> str | None:
     if payload is None or payload.path is None:
         return preprocess(payload)
     return payload.path
-
-
-def _place(index: int | list[int]) -> int:
-    """Of a message; a message of several parts has the part's place behind its own."""
-    return index if isinstance(index, int) else index[0]

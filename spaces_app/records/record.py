@@ -91,6 +91,10 @@ CREATE TABLE IF NOT EXISTS feedback (
     request TEXT PRIMARY KEY, conversation TEXT NOT NULL, time REAL NOT NULL,
     rating INTEGER NOT NULL, reason TEXT, correction TEXT
 );
+CREATE TABLE IF NOT EXISTS copies (dataset TEXT PRIMARY KEY, cursor INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS deletions (
+    dataset TEXT NOT NULL, conversation TEXT NOT NULL, PRIMARY KEY (dataset, conversation)
+);
 """
 INSERT = (
     f"INSERT INTO requests ({', '.join(COLUMNS)}, question, answer, media) "
@@ -109,3 +113,4 @@ FILL = """
 UPDATE requests SET question = ?, answer = ?, media = ?
 WHERE id = ? AND conversation = ? AND question IS NULL
 """
+DELETE_COPIES = "INSERT OR IGNORE INTO deletions SELECT dataset, ? FROM copies"

@@ -11,8 +11,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
 
-from .record import FILL, INSERT, MISSING, NAMED, RATE, SCHEMA, Content, Feedback, Record
+from .record import (
+    DELETE_COPIES,
+    FILL,
+    INSERT,
+    MISSING,
+    NAMED,
+    RATE,
+    SCHEMA,
+    Content,
+    Feedback,
+    Record,
+)
 
+DATABASE = "requests.sqlite3"
 BUSY_SECONDS = 1.0  # how long another program may hold the database
 OLD = "number <= (SELECT number FROM requests ORDER BY number DESC LIMIT 1 OFFSET ?)"
 SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,7}")  # a file's name is the user's
@@ -39,7 +51,7 @@ class Store:
         Raises:
             OSError, sqlite3.Error: it could not be written; nothing of it is there.
         """
-        with self._copying() as copies, self._transaction() as connection:
+        with self._copying() as copies, self.transaction() as connection:
             kept = (None, None, "[]") if content is None else self._keep(record.id, content, copies)
             connection.execute(INSERT, [*asdict(record).values(), *kept])
             gone, _ = _take_out(connection, OLD, self.rows)
@@ -59,7 +71,7 @@ class Store:
         Raises:
             OSError, sqlite3.Error: it could not be written; nothing of it is there.
         """
-        with self._copying() as copies, self._transaction() as connection:
+        with self._copying() as copies, self.transaction() as connection:
             named = [feedback.request, feedback.conversation]
             if connection.execute(f"SELECT 1 {NAMED}", named).fetchone() is None:
                 return False
@@ -73,7 +85,8 @@ class Store:
         return True
 
     def delete(self, conversation: str) -> int:
-        """Removes all that is kept of a conversation: rows, texts and files.
+        """Removes all that is kept of a conversation: rows, texts and files. What was copied to the
+        Hub is noted, to be deleted there.
 
         Returns:
             How many rows there were.
@@ -81,8 +94,9 @@ class Store:
         Raises:
             OSError, sqlite3.Error: it could not be removed.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             gone, rows = _take_out(connection, "conversation = ?", conversation)
+            connection.execute(DELETE_COPIES, [conversation])
         self._unlink(gone)
         with self._opened() as connection:  # or the texts stay in the journal
             busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -137,7 +151,8 @@ class Store:
                 raise
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """The database for one change, which is there whole or not at all."""
         with self._opened() as connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection  # what fails closes the connection, which rolls back
@@ -146,7 +161,7 @@ class Store:
     def _connect(self) -> None:
         self.media.mkdir(parents=True, exist_ok=True)
         connection = self._connection = sqlite3.connect(
-            self.folder / "requests.sqlite3",
+            self.folder / DATABASE,
             timeout=BUSY_SECONDS,
             isolation_level=None,
             check_same_thread=False,  # the lock lets one at a time
