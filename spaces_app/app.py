@@ -22,6 +22,7 @@ from engine.loading import load
 from engine.precision import choose
 from engine.service import Engine
 from engine.zero import LentGenerator
+from monitoring import shown
 from monitoring.alerts import Alerts
 from monitoring.metrics import Metrics
 from monitoring.owner import Owner
@@ -157,7 +158,7 @@ def main() -> None:
     with copying:
         page.launch(
             theme=theme(),
-            css=CSS + dashboard.CSS,
+            css=CSS + shown.CSS,
             head=HEAD,
             js=JS,
             app_kwargs={"routes": routes(engine, metrics, owner)},

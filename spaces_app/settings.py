@@ -74,12 +74,6 @@ class Settings:
                 f"got PHI_MM_DATASET={dataset} with PHI_MM_STORE={given.get('PHI_MM_STORE')}, "
                 "expected OWNER/NAME, and a folder for the records that are copied there"
             )
-        secret = given.get("PHI_MM_OWNER_SECRET") or None
-        if secret is not None and len(secret) < SHORTEST_SECRET:
-            raise ValueError(
-                f"got a PHI_MM_OWNER_SECRET of {len(secret)} characters, expected "
-                f"{SHORTEST_SECRET} or more, which nobody guesses"
-            )
         limits = Limits(
             _number(given, "PHI_MM_WAITING", Limits.waiting),
             _number(given, "PHI_MM_WAIT_SECONDS", Limits.wait_seconds),
@@ -101,8 +95,18 @@ class Settings:
                 _number(given, "PHI_MM_ALERT_FIRST_TOKEN_SECONDS", Bounds.first_token_seconds),
                 _number(given, "PHI_MM_ALERT_DISK_MB", Bounds.disk_megabytes),
             ),
-            owner_secret=secret,
+            owner_secret=_secret(given),
         )
+
+
+def _secret(given: Mapping[str, str]) -> str | None:
+    secret = given.get("PHI_MM_OWNER_SECRET") or None
+    if secret is not None and len(secret) < SHORTEST_SECRET:
+        raise ValueError(
+            f"got a PHI_MM_OWNER_SECRET of {len(secret)} characters, expected "
+            f"{SHORTEST_SECRET} or more, which nobody guesses"
+        )
+    return secret
 
 
 def _number(given: Mapping[str, str], name: str, default: float) -> int:

@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 
-FAILED = ("failed", "timeout")
+from .alerts import FAILED
+
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 LENGTHS = {"prompt_tokens": "prompt tokens", "characters": "characters"}
 STEADY, DRIFTING = 0.1, 0.25  # the usual reading of a population stability index

@@ -3,11 +3,12 @@
 import contextlib
 import json
 import sqlite3
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from records.record import COLUMNS
+from records.record import COLUMNS, Record
 from records.store import BUSY_SECONDS
 
 FILE = "requests.sqlite3"
@@ -82,7 +83,9 @@ class Records:
             "AND (? IS NULL OR outcome = ?) ORDER BY number DESC LIMIT ?",
             *(since, until, outcome, outcome, most),
         )
-        return pd.DataFrame.from_records(rows, columns=[*columns, "rating"])
+        frame = pd.DataFrame.from_records(rows, columns=[*columns, "rating"])
+        types = {item.name: item.type for item in fields(Record) if item.name in columns}
+        return frame.astype(types | {"rating": float})  # also when there are no rows
 
     def _rows(self, query: str, *given: Any) -> list[tuple]:
         path = self.folder / FILE

@@ -195,7 +195,7 @@ class ChatPage:
         self, length, temperature, keep, conversation: Conversation, asked: gr.RetryData
     ) -> AsyncIterator[list]:
         self.engine.stop(conversation.name)
-        conversation.go_back(_place(asked.index))
+        conversation.go_back(asked.index)
         yield gr.update(feedback_value=conversation.thumbs())
         async for _ in conversation.answer(self.engine, length, temperature, keep):
             yield conversation.shown()
@@ -204,7 +204,7 @@ class ChatPage:
         self, length, temperature, keep, conversation: Conversation, asked: gr.EditData
     ) -> AsyncIterator[list]:
         self.engine.stop(conversation.name)
-        conversation.go_back(_place(asked.index))
+        conversation.go_back(asked.index)
         conversation.turns[-1].text = asked.value
         yield gr.update(feedback_value=conversation.thumbs())
         async for _ in conversation.answer(self.engine, length, temperature, keep):
@@ -336,8 +336,3 @@ def _named(text: str, image: str, audio: str) -> str:
     media = ["a picture"] if image else []
     media += ["a spoken question"] if audio else []
     return " + ".join([text, *media] if text else media)
-
-
-def _place(index: int | list[int]) -> int:
-    """Of a message; a message of several parts has the part's place behind its own."""
-    return index if isinstance(index, int) else index[0]

@@ -123,20 +123,31 @@ class Conversation:
         self.name = self.name or uuid.uuid4().hex
         self.turns.append(Turn(text, image, audio))
 
-    def go_back(self, message: int) -> None:
+    def go_back(self, message: int | list[int]) -> None:
         """Forgets everything after a question.
 
         Args:
-            message: place of one of its messages in `shown()`.
+            message: place of one of its messages, as `turn_of` takes it.
         """
         asked = self.turn_of(message)
         place = self.turns.index(asked)
         # A new turn: the old one may still be written to.
         self.turns[place:] = [Turn(asked.text, asked.image, asked.audio)]
 
-    def turn_of(self, message: int) -> Turn:
-        """The turn that a message of `shown()` is a part of."""
-        return [turn for turn in self.turns for _ in turn.shown()][message]
+    def turn_of(self, message: int | list[int]) -> Turn:
+        """The turn that a message is a part of.
+
+        Args:
+            message: its place in `shown()`; a message of several parts has the part's behind it.
+
+        Raises:
+            ValueError: there is no such message any more.
+        """
+        place = message if isinstance(message, int) else message[0]
+        turns = [turn for turn in self.turns for _ in turn.shown()]
+        if not 0 <= place < len(turns):
+            raise ValueError("got a message that is gone: choose one that is shown")
+        return turns[place]
 
     async def answer(
         self, engine: Engine, max_new_tokens: int, temperature: float, keep: bool = False
@@ -189,7 +200,7 @@ class Conversation:
         if rating not in (-1, 0, 1):
             raise ValueError(f"got the rating {rating}, expected 1, -1, or 0 to take it back")
         reason, correction = reason.strip() or None, correction.strip() or None
-        words = reason is not None or correction is not None
+        words = rating and (reason or correction)  # none go with a rating that is taken back
         if words and not keep:
             raise ValueError(
                 "got words that may not be kept: tick the box that lets the owner keep what you "

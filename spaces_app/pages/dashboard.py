@@ -1,22 +1,17 @@
 """The owner's page: what is asked, how it is answered, and each request on its own."""
 
-import base64
-import html
 import logging
-import mimetypes
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import pandas as pd
 import psutil
 from engine.service import Engine
-from monitoring import figures
+from monitoring import figures, shown
 from monitoring.owner import Owner
 from monitoring.queries import Records
 
@@ -28,8 +23,6 @@ NO_STORE = """Nothing is kept, so there is nothing to show. Set `PHI_MM_STORE` t
 start the Space again."""
 PIECES = 60  # of a time, in a plot
 ROWS = 200  # of the table
-MOST_CHANGES = 5  # of the model, that are named
-LARGEST_MEDIUM = 20 << 20  # bytes that are sent to be shown
 GREEN, YELLOW, RED, GREY = "#10b981", "#f59e0b", "#ef4444", "#94a3b8"
 COLORS = {
     "outcome": {
@@ -44,37 +37,14 @@ COLORS = {
     "series": {"p50": GREEN, "p95": YELLOW, "p99": RED, "median": GREEN, "new model": "#6366f1"},
     "part": {"before": GREY, "now": "#6366f1"},
 }
-TABLE = {
-    "time (UTC)": "when",
-    "outcome": "outcome",
-    "error": "error",
-    "first token s": "first",
-    "total s": "total_seconds",
-    "prompt": "prompt_tokens",
-    "reused": "reused_tokens",
-    "new": "new_tokens",
-    "pictures": "images",
-    "recordings": "recordings",
-    "thumb": "thumb",
-    "model": "model",
-    "request": "id",
-}
 DOWNLOAD = """(text) => {
-    if (!text) return;
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
     link.download = "phi-mm-requests.csv";
     link.click();
     URL.revokeObjectURL(link.href);
+    return "";
 }"""
-CSS = """
-.tiles {display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 0.6rem}
-.tiles div {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 0.6rem}
-.tiles div {background: var(--block-background-fill)}
-.tiles dt {font-size: 0.8rem; color: var(--body-text-color-subdued)}
-.tiles dd {font-size: 1.15rem; margin: 0; font-weight: 600; overflow-wrap: anywhere}
-.media img, .media audio {max-width: 100%; max-height: 24rem}
-"""
 
 
 @dataclass(frozen=True)
@@ -186,7 +156,7 @@ class Dashboard:
         gr.Markdown(f"### Requests\nThe newest {ROWS} of this time. Choose one to see all of it.")
         self.outcome = gr.Dropdown(OUTCOMES, value=ALL, label="Outcome")
         self.table = gr.Dataframe(
-            headers=list(TABLE),
+            headers=list(shown.TABLE),
             datatype="str",
             interactive=False,
             label="Requests",
@@ -229,16 +199,16 @@ class Dashboard:
             self.timer,
             **private,
         )
-        shown = [self.numbers, *self.texts, self.media]
-        self.request.submit(self._open, [self.logged_in, self.request], shown, **private)
-        self.table.select(self._choose, self.logged_in, [self.request, *shown], **private)
+        details = [self.numbers, *self.texts, self.media]
+        self.request.submit(self._open, [self.logged_in, self.request], details, **private)
+        self.table.select(self._choose, self.logged_in, [self.request, *details], **private)
         self.csv.click(self._csv, [self.logged_in, self.span], self.download, **private).success(
-            None, self.download, None, js=DOWNLOAD
-        ).then(lambda: "", None, self.download, **private)
+            None, self.download, self.download, js=DOWNLOAD
+        )
 
     def _log_in(self, secret: str) -> tuple:
         try:
-            right = self.owner.admit(secret)
+            right = self.owner.admit(secret or "")
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
         if not right:
@@ -269,7 +239,7 @@ class Dashboard:
         memory = figures.largest(inside, when, "resident_bytes", 1e9)
         return [
             self._summary(inside),
-            _drift(before, after),
+            shown.drift(before, after),
             figures.outcomes(inside, when),
             figures.errors(inside, when),
             figures.first_token(inside, when),
@@ -279,7 +249,7 @@ class Dashboard:
             figures.modalities(inside, when),
             figures.ratings(inside, when),
             *(figures.distribution(before[name], after[name]) for name in figures.LENGTHS),
-            _rows(figures.prepare(table, 1.0)),
+            shown.rows(table),
         ]
 
     def _summary(self, frame: pd.DataFrame) -> str:
@@ -288,12 +258,8 @@ class Dashboard:
             "in the queue now": engine.waiting,
             "memory now": f"{memory / 1e9:.2f} GB",
         }
-        state = f"<p>{html.escape(engine.describe())}</p>"
-        changed = [
-            f"<p>New model: {html.escape(model)}, {_moment(when)} UTC</p>"
-            for when, model in figures.changes(frame).itertuples(index=False)
-        ]
-        return state + _tiles(now | figures.summary(frame)) + "".join(changed[-MOST_CHANGES:])
+        numbers = shown.tiles(now | figures.summary(frame))
+        return shown.state(engine.describe()) + numbers + shown.changes(frame)
 
     def _open(self, logged_in: bool, request: str) -> list:
         _check(logged_in)
@@ -305,25 +271,23 @@ class Dashboard:
                 print_exception=False,
             )
         names = ("question", "answer", "rating", "reason", "correction")
-        question, answer, *rest = (found.pop(name) for name in names)
-        media = found.pop("media")
+        question, answer, rating, *words = (found.pop(name) for name in names)
+        media = shown.media(found.pop("media"), found["images"])
         if question is None:
             question = answer = "not kept: the user did not consent"
-        rating, *words = rest
-        return [found, question, answer, _thumb(rating), *words, _shown(media, found["images"])]
+        return [found, question, answer, shown.thumb(rating), *words, media]
 
     def _choose(self, logged_in: bool, event: gr.SelectData) -> list:
         _check(logged_in)
-        request = str(event.row_value[list(TABLE).index("request")])
+        request = str(event.row_value[list(shown.TABLE).index("request")])
         return [request, *self._open(logged_in, request)]
 
     def _csv(self, logged_in: bool, span: str) -> str:
         _check(logged_in)
         seconds, now = SPANS[span].seconds, time.time()
+        since = 0.0 if seconds is None else now - seconds
         with _readable():
-            return self.records.table(0.0 if seconds is None else now - seconds, now).to_csv(
-                index=False
-            )
+            return self.records.table(since, now).to_csv(index=False)
 
 
 def _check(logged_in: bool) -> None:
@@ -338,63 +302,3 @@ def _readable() -> Iterator[None]:
     except (OSError, sqlite3.Error) as error:
         log.error("the store cannot be read for the dashboard: %s", error)
         raise gr.Error(f"the store cannot be read now: {error}", print_exception=False) from None
-
-
-def _tiles(numbers: dict[str, Any]) -> str:
-    pairs = [
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd></div>"
-        for name, value in numbers.items()
-    ]
-    return f"<dl class='tiles'>{''.join(pairs)}</dl>"
-
-
-def _drift(before: pd.DataFrame, now: pd.DataFrame) -> str:
-    return _tiles(
-        {
-            f"stability index of {title}": figures.reading(figures.drift(before[name], now[name]))
-            for name, title in figures.LENGTHS.items()
-        }
-    )
-
-
-def _moment(when: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(when))
-
-
-def _thumb(rating: float | None) -> str:
-    return {1: "up", -1: "down"}.get(rating, "")
-
-
-def _rows(table: pd.DataFrame) -> list[list[str]]:
-    table = table.assign(
-        when=table.time.map(_moment),
-        thumb=table.rating.map(_thumb),
-        first=table["first"].round(2),
-        total_seconds=table.total_seconds.round(2),
-    )
-    return table[list(TABLE.values())].fillna("").astype(str).values.tolist()
-
-
-def _shown(media: list[Path], images: int) -> str:
-    """Pictures first, as they are stored; inside the page, since gradio gives files to anybody who
-    knows their address.
-    """
-    parts = []
-    for number, path in enumerate(media):
-        kind = mimetypes.guess_type(path.name)[0] or (
-            "image/png" if number < images else "audio/wav"
-        )
-        try:
-            if path.stat().st_size > LARGEST_MEDIUM:
-                parts.append(f"<p>{html.escape(path.name)} is too big to be shown</p>")
-                continue
-            data = base64.b64encode(path.read_bytes()).decode()
-        except OSError as error:
-            parts.append(f"<p>{html.escape(str(error))}</p>")
-            continue
-        source = f"data:{html.escape(kind)};base64,{data}"
-        if number < images:
-            parts.append(f"<img src='{source}' alt='the picture of the question'>")
-        else:
-            parts.append(f"<audio controls src='{source}' aria-label='the recording'></audio>")
-    return f"<div class='media'>{''.join(parts)}</div>"

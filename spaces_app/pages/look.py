@@ -20,7 +20,7 @@ CSS = """
 :focus-visible {outline: 2px solid var(--color-accent) !important; outline-offset: 1px}
 @media (max-width: 640px) {#talk {height: calc(100dvh - 22rem) !important}}
 """
-# Where CSS does not reach, which gradio confines to what it is given. The other page is the owner's.
+# Where CSS does not reach: gradio confines it to its own. The other page is the owner's.
 HEAD = """<style>
 body:has(#talk) .nav-holder {display: none}
 @media (max-width: 640px) {.gradio-container > .main {padding: 0.75rem !important}}

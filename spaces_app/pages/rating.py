@@ -27,8 +27,9 @@ class RatingForm:
         """Makes the form, where the page has come to."""
         with gr.Column(visible=False, elem_id="rating") as self.form:
             self.about = gr.Textbox(label="Your rating is of this answer", interactive=False)
-            self.reason = gr.Textbox(label="What was wrong, or good?", max_lines=4)
+            self.reason = gr.Textbox("", label="What was wrong, or good?", max_lines=4)
             self.correction = gr.Textbox(
+                "",
                 label="What should it have said?",
                 info="With the box for it ticked, these words are kept, and the conversation up to "
                 "this answer. The model may learn from them.",
@@ -57,14 +58,13 @@ class RatingForm:
         gr.on(cleared, _clear, None, [talk, self.form, *words], **HIDDEN)
 
     async def _like(self, conversation: Conversation, given: gr.LikeData) -> tuple:
-        turn = conversation.turn_of(given.index)
-        rating = {True: 1, False: -1}.get(given.liked, 0)
         try:
-            await self.rate(conversation, turn, rating)
+            turn = conversation.turn_of(given.index)
+            await self.rate(conversation, turn, {True: 1, False: -1}.get(given.liked, 0))
         except ValueError as error:
             gr.Warning(str(error))
-        else:
-            conversation.rated = turn
+            return gr.update(feedback_value=conversation.thumbs()), *(gr.skip(),) * 4
+        conversation.rated = turn
         thumbs = gr.update(feedback_value=conversation.thumbs())
         if not turn.rating:
             return thumbs, *_closed()

@@ -78,7 +78,7 @@ def test_curl_is_enough(url: str, artefact: Path) -> None:
     messages = []
     for question in ("hello", "again"):
         messages.append(user(question))
-        body = {"data": [question, None, None, 16, 0], "session_hash": "my-conversation"}
+        body = {"data": [question, None, None, 16, 0, False], "session_hash": "my-conversation"}
         status, answer = get(f"{url}/gradio_api/call/ask", body)
         assert status == 200
         _, stream = get(f"{url}/gradio_api/call/ask/{json.loads(answer)['event_id']}")
@@ -139,7 +139,7 @@ def test_errors_are_sentences_and_the_conversation_survives(url: str, tmp_path: 
 def test_files_of_the_server_are_not_opened(url: str) -> None:
     passwords = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
     for media in ([passwords, None], [None, passwords]):
-        body = {"data": ["what?", *media, 16, 0]}
+        body = {"data": ["what?", *media, 16, 0, False]}
         _, answer = get(f"{url}/gradio_api/call/ask", body)
         _, stream = get(f"{url}/gradio_api/call/ask/{json.loads(answer)['event_id']}")
         assert b"event: error" in stream and b"expected a" not in stream
@@ -147,10 +147,12 @@ def test_files_of_the_server_are_not_opened(url: str) -> None:
 
 def test_only_what_is_documented_can_be_called(url: str) -> None:
     api = Client(url, verbose=False).view_api(return_format="dict", print_info=False)
-    assert list(api["named_endpoints"]) == ["/ask", "/forget"]
+    assert list(api["named_endpoints"]) == ["/ask", "/forget", "/feedback", "/delete"]
     names = [p["parameter_name"] for p in api["named_endpoints"]["/ask"]["parameters"]]
-    assert names == ["text", "image", "audio", "length", "temperature"]
+    assert names == ["text", "image", "audio", "length", "temperature", "keep"]
     assert "picture" in api["named_endpoints"]["/ask"]["description"]
+    names = [p["parameter_name"] for p in api["named_endpoints"]["/feedback"]["parameters"]]
+    assert names == ["rating", "reason", "correction", "keep"]
 
 
 def test_examples_are_there_and_are_those_of_the_command(tmp_path: Path, capsys) -> None:
