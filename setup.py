@@ -37,8 +37,15 @@ EXTRAS = {
         "pyyaml>=6.0",
         "tqdm>=4.66",
     ],
-    "app": ["gradio>=6.31"],
-    "dev": ["pytest>=8.0", "ruff>=0.12"],
+    "app": ["gradio>=6.31", "pandas>=2.2", "prometheus-client>=0.22"],
+    "dev": [
+        "axe-playwright-python>=0.1.8",
+        "mcp>=1.21",
+        "playwright>=1.55",
+        "promql-parser>=0.12",
+        "pytest>=8.0",
+        "ruff>=0.12",
+    ],
 }
 
 setup(

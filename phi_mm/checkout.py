@@ -54,6 +54,19 @@ def launch_train(arguments: list[str], processes: int) -> None:
         )
 
 
+def run_records(arguments: list[str]) -> None:
+    """The Space's own command for its records, in its folder.
+
+    Raises:
+        ValueError: the packages are installed without their checkout, or the command failed; it has
+            said why.
+    """
+    _check_space()
+    done = subprocess.run([sys.executable, "-m", "records", *arguments], cwd=SPACE)
+    if done.returncode:
+        raise ValueError(f"the Space's records command ended with exit code {done.returncode}")
+
+
 def run_space(artefact: str, revision: str | None, port: int) -> None:
     """The Space with an artefact, in a process of its own, until it ends.
 
@@ -64,8 +77,7 @@ def run_space(artefact: str, revision: str | None, port: int) -> None:
         ValueError: the packages are installed without their checkout, gradio is missing, or the
             process failed; it has said why.
     """
-    if not SPACE.is_dir():
-        raise ValueError(f"got no {SPACE}, expected a checkout: clone the repository")
+    _check_space()
     if importlib.util.find_spec("gradio") is None:
         raise ValueError('got no gradio, which the page is made of: pip install "phi-mm[app]"')
     folder = Path(artefact)
@@ -76,3 +88,8 @@ def run_space(artefact: str, revision: str | None, port: int) -> None:
     done = subprocess.run([sys.executable, "app.py"], cwd=SPACE, env={**os.environ, **settings})
     if done.returncode:
         raise ValueError(f"the Space ended with exit code {done.returncode}; see its words above")
+
+
+def _check_space() -> None:
+    if not SPACE.is_dir():
+        raise ValueError(f"got no {SPACE}, expected a checkout: clone the repository")

@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--port", type=_positive, default=7860)
 
     _add_data(verbs)
+    _add_feedback(verbs)
     _add_tiny(verbs)
     return top
 
@@ -95,6 +96,23 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--processor", type=Path, help="run or artefact that counts the tokens")
     verb.add_argument("--media-root", type=Path, help="where media paths start (beside the file)")
     verb.add_argument("--max-length", type=_positive, help="report rows with more tokens")
+
+
+def _add_feedback(verbs: argparse._SubParsersAction) -> None:
+    feedback = verbs.add_parser("feedback", help="what users of the Space thought").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    verb = _verb(feedback, "export", export_feedback)
+    verb.add_argument("store", help="the Space's folder of records, or their data set's Hub id")
+    verb.add_argument("out", type=Path, help="new folder to write")
+    verb.add_argument(
+        "--share", type=float, default=0.2, help="of conversations, to measure by (%(default)s)"
+    )
+    verb.add_argument("--liked", action="store_true", help="also take answers with a thumb up")
+
+    verb = _verb(feedback, "delete", delete_conversation)
+    verb.add_argument("store", help="the Space's folder of records, or their data set's Hub id")
+    verb.add_argument("conversation", help="its name")
 
 
 def _add_tiny(verbs: argparse._SubParsersAction) -> None:
@@ -252,6 +270,22 @@ def check_data(given: argparse.Namespace) -> None:
     print(report)
     if report.faults:
         sys.exit(f"phi-mm: {report.faults} faults in {given.file}")
+
+
+def export_feedback(given: argparse.Namespace) -> None:
+    """Write what users corrected as rows to train on and to measure by."""
+    from phi_mm.feedback import export as run
+
+    print(run(given.store, given.out, given.share, given.liked))
+
+
+def delete_conversation(given: argparse.Namespace) -> None:
+    """Delete all that is kept of a conversation."""
+    from phi_mm.checkout import run_records
+
+    folder = Path(given.store)
+    store = str(folder.resolve()) if folder.is_dir() else given.store
+    run_records(["delete", store, given.conversation])
 
 
 def build_bases(given: argparse.Namespace) -> None:

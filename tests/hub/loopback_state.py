@@ -23,6 +23,7 @@ class Repository:
     private: bool
     commits: dict[str, dict[str, str]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    lfs: set[str] = field(default_factory=set)  # objects of all its history
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,8 @@
 """The whole Space in a process of its own, started as users start it: page, API, health."""
 
+import asyncio
 import json
-import os
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,64 +10,27 @@ import pytest
 from engine.loading import load
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
+from mcp.types import CallToolResult
 from settings import Settings
 
 from .conftest import assistant, plainly, user
+from .serving import ROOT, get, serve
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "spaces_app" / "examples"
 COMMIT = "0123456789abcdef" * 2 + "01234567"
-
-
-def get(url: str, body: dict | None = None) -> tuple[int, bytes]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"content-type": "application/json"})
-    try:
-        with urllib.request.urlopen(request) as response:
-            return response.status, response.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
 
 
 @pytest.fixture(scope="module")
 def url(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where `phi-mm serve` serves the artefact."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("serve")
-    env = {
-        **os.environ,
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "GRADIO_TEMP_DIR": str(folder / "uploads"),
-        "HF_HUB_OFFLINE": "1",
-        "PHI_MM_PREFIX_MB": "8",
-        "PHI_MM_STORE": str(folder / "store"),
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "phi_mm.cli", "serve", str(artefact), "--port", str(port)]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            try:
-                if get(f"{address}/ready")[0] == 200:
-                    break
-            except OSError:
-                pass
-            assert process.poll() is None, (folder / "log").read_text()
-            time.sleep(0.1)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)  # the process and the Space that it started
-        process.wait()
-    log = (folder / "log").read_text()
-    assert "int8: the quickest on a CPU" in log
-    told = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-    with sqlite3.connect(folder / "store" / "requests.sqlite3") as store:
+    folder, settings = tmp_path_factory.mktemp("serve"), {"GRADIO_MCP_SERVER": "True"}
+    with serve(artefact, folder, PHI_MM_PREFIX_MB="8", **settings) as space:
+        yield space.url
+    assert "int8: the quickest on a CPU" in space.log
+    told = [json.loads(line) for line in space.log.splitlines() if line.startswith("{")]
+    with sqlite3.connect(space.folder / "store" / "requests.sqlite3") as store:
         rows = store.execute("SELECT id, precision, question, answer FROM requests").fetchall()
     assert rows == [(line["id"], "int8", None, None) for line in told] and rows
 
@@ -122,7 +78,7 @@ def test_curl_is_enough(url: str, artefact: Path) -> None:
     messages = []
     for question in ("hello", "again"):
         messages.append(user(question))
-        body = {"data": [question, None, None, 16, 0], "session_hash": "my-conversation"}
+        body = {"data": [question, None, None, 16, 0, False], "session_hash": "my-conversation"}
         status, answer = get(f"{url}/gradio_api/call/ask", body)
         assert status == 200
         _, stream = get(f"{url}/gradio_api/call/ask/{json.loads(answer)['event_id']}")
@@ -132,6 +88,33 @@ def test_curl_is_enough(url: str, artefact: Path) -> None:
         ids = plainly(model, processor, messages, 16)
         assert text == processor.tokenizer.decode(ids).strip()
         messages.append(assistant(text))
+
+
+def test_models_may_ask_by_mcp(url: str, artefact: Path) -> None:
+    model, processor = load(str(artefact), None, "int8")
+
+    async def ask() -> tuple[dict, list[CallToolResult]]:
+        async with (
+            streamable_http_client(f"{url}/gradio_api/mcp/") as (reading, writing, _),
+            ClientSession(reading, writing) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            given = [
+                {"text": "hello", "length": 16},
+                {"text": "again", "length": 16},
+                {"text": " "},
+            ]
+            return tools, [await session.call_tool("ask", words) for words in given]
+
+    tools, (hello, again, nothing) = asyncio.run(ask())
+    assert "picture" in tools["ask"].description
+    assert {"text", "image", "audio", "length"} <= tools["ask"].inputSchema["properties"].keys()
+    for question, answer in (("hello", hello), ("again", again)):  # each stands alone
+        ids = plainly(model, processor, [user(question)], 16)
+        assert answer.content[0].text == processor.tokenizer.decode(ids).strip()
+    assert nothing.isError
+    assert "got no question: type one, or record one" in nothing.content[0].text
 
 
 def test_errors_are_sentences_and_the_conversation_survives(url: str, tmp_path: Path) -> None:
@@ -156,7 +139,7 @@ def test_errors_are_sentences_and_the_conversation_survives(url: str, tmp_path: 
 def test_files_of_the_server_are_not_opened(url: str) -> None:
     passwords = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
     for media in ([passwords, None], [None, passwords]):
-        body = {"data": ["what?", *media, 16, 0]}
+        body = {"data": ["what?", *media, 16, 0, False]}
         _, answer = get(f"{url}/gradio_api/call/ask", body)
         _, stream = get(f"{url}/gradio_api/call/ask/{json.loads(answer)['event_id']}")
         assert b"event: error" in stream and b"expected a" not in stream
@@ -164,10 +147,12 @@ def test_files_of_the_server_are_not_opened(url: str) -> None:
 
 def test_only_what_is_documented_can_be_called(url: str) -> None:
     api = Client(url, verbose=False).view_api(return_format="dict", print_info=False)
-    assert list(api["named_endpoints"]) == ["/ask", "/forget"]
+    assert list(api["named_endpoints"]) == ["/ask", "/forget", "/feedback", "/delete"]
     names = [p["parameter_name"] for p in api["named_endpoints"]["/ask"]["parameters"]]
-    assert names == ["text", "image", "audio", "length", "temperature"]
+    assert names == ["text", "image", "audio", "length", "temperature", "keep"]
     assert "picture" in api["named_endpoints"]["/ask"]["description"]
+    names = [p["parameter_name"] for p in api["named_endpoints"]["/feedback"]["parameters"]]
+    assert names == ["rating", "reason", "correction", "keep"]
 
 
 def test_examples_are_there_and_are_those_of_the_command(tmp_path: Path, capsys) -> None:
