@@ -37,7 +37,13 @@ EXTRAS = {
         "pyyaml>=6.0",
         "tqdm>=4.66",
     ],
-    "app": ["gradio>=6.31"],
+    "app": [
+        "bitsandbytes>=0.50",
+        "gradio[mcp]>=6.31",
+        "peft>=0.21",
+        "psutil>=5.9",
+        "starlette>=1.0",
+    ],
     "dev": ["pytest>=8.0", "ruff>=0.12"],
 }
 
