@@ -18,7 +18,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # It warns on import where an optional CPU kernel is missing; it works without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request to the Hub
+    for client in ("httpx", "httpx2"):  # it tells of every request to the Hub
+        logging.getLogger(client).setLevel(logging.WARNING)
     try:
         given.verb(given)
     except ValueError as error:  # by the house rule, what is wrong with the user's input

@@ -97,13 +97,14 @@ def main() -> None:
     logging.getLogger("phi-mm.requests").propagate = False
     try:
         settings = Settings.read()
+        # On ZeroGPU here and now: `spaces` pretends a GPU to this thread alone, and takes the
+        # weights when the page is launched.
+        loaded = make_generator(settings) if ON_ZERO_GPU else None
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
     store = Store(settings.store, settings.log_rows) if settings.store else None
-    engine = Engine(lambda: make_generator(settings), settings.limits, Journal(store))
+    engine = Engine(lambda: loaded or make_generator(settings), settings.limits, Journal(store))
     engine.start()
-    if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
-        engine.wait_until_loaded()
     page = ChatPage(engine).build()
     page.launch(
         theme=gr.themes.Soft(),

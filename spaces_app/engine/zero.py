@@ -6,13 +6,17 @@ conversation is read anew unless the same process happens to serve its next turn
 """
 
 import contextlib
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 
+import gradio as gr
+
 from .generation import Answer, Ending, Event, Generator, Interrupted, Request
 
+log = logging.getLogger(__name__)
 START_SECONDS = 10  # moving the weights, and the first call of each kernel
 MEDIUM_SECONDS = 1
 TOKENS_PER_SECOND = 20  # at the least: a loan that is too long is waited for longer
@@ -35,17 +39,21 @@ class LentGenerator:
 
     def answer(self, request: Request, emit: Callable[[Event], None], ending: Ending) -> Answer:
         """As `Generator.answer`."""
-        left = ending.deadline - time.monotonic()
-        with contextlib.closing(self._lent(request, left)) as events:
-            for event in events:
-                if isinstance(event, Exception):
-                    raise event
-                if isinstance(event, Answer):
-                    return event
-                if event is not None:
-                    emit(event)
-                if ending.stop.is_set():
-                    break
+        # What is not said when the loan ends would be lost with all that was.
+        seconds = min(ending.deadline - time.monotonic(), estimate(request))
+        try:
+            with contextlib.closing(self._lent(request, seconds)) as events:
+                for event in events:
+                    if isinstance(event, Exception):
+                        raise event
+                    if isinstance(event, Answer):
+                        return event
+                    if event is not None:
+                        emit(event)
+                    if ending.stop.is_set():
+                        break
+        except gr.Error as error:  # of `spaces`: no quota, no GPU, or a loan that was ended
+            raise ValueError(f"the GPU is not to be had: {error.message}") from error
         raise Interrupted("stopped")
 
     def forget(self, conversation: str) -> None:
@@ -65,7 +73,7 @@ class LentGenerator:
             try:
                 events.put(self.generator.answer(request, events.put, ending))
             except Exception as error:
-                events.put(error)
+                events.put(self._sendable(error))
 
         thread = threading.Thread(target=compute)
         thread.start()
@@ -80,6 +88,17 @@ class LentGenerator:
         finally:
             stop.set()
             thread.join()
+
+    def _sendable(self, error: Exception) -> Exception:
+        """The error's words in a class that another process can read for sure: one that it cannot
+        would leave it waiting.
+        """
+        for kind in (Interrupted, ValueError):
+            if isinstance(error, kind):
+                return kind(str(error))
+        log.error("a request failed", exc_info=error)
+        self.generator.free()
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def estimate(request: Request) -> int:

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import httpx
 from huggingface_hub import SpaceCard
+from huggingface_hub.utils import httpx
 
 from phi_mm.hub.space.folder import REQUIREMENTS
 from phi_mm.hub.space.plan import TOKEN
