@@ -93,6 +93,7 @@ def _add_deploy_space(verbs: argparse._SubParsersAction) -> None:
     verb = _verb(verbs, "deploy-space", deploy_space)
     verb.add_argument("folder", type=Path, metavar="DIR", help="folder to write")
     verb.add_argument("--model", required=True, metavar="REPO", help="what phi-mm push pushed")
+    verb.add_argument("--revision", default="main", help="its branch or commit (%(default)s)")
     verb.add_argument("--space", required=True, metavar="NAME", help="[NAMESPACE/]NAME")
     verb.add_argument("--hardware", default="cpu-basic", help="as the Hub calls it (%(default)s)")
     verb.add_argument("--private", action="store_true", help="make the Space private")
@@ -259,6 +260,7 @@ def deploy_space(given: argparse.Namespace) -> None:
     space = Space(
         model=given.model,
         name=given.space,
+        revision=given.revision,
         hardware=given.hardware,
         private=given.private,
         variables=read_variables(given.variable),

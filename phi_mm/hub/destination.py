@@ -57,12 +57,13 @@ def check_destination(repo: str, private: bool = False, kind: str = "model") -> 
     return name
 
 
-def find_model(repo: str, option: str) -> ModelInfo:
+def find_model(repo: str, option: str, revision: str = "main") -> ModelInfo:
     """What the Hub knows of a model of phi-mm.
 
     Args:
         repo: its repository.
         option: of the command line that named it.
+        revision: branch or commit.
 
     Raises:
         ValueError: a local folder, no such repository, or a model of another type.
@@ -75,7 +76,7 @@ def find_model(repo: str, option: str) -> ModelInfo:
     validate_repo_id(repo)
     try:
         with told(f"cannot read {repo}"):
-            found = HfApi().model_info(repo)
+            found = HfApi().model_info(repo, revision=revision)
             config = hf_hub_download(repo, "config.json", revision=found.sha)
     except ValueError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError | EntryNotFoundError):

@@ -17,7 +17,6 @@ from phi_mm.hub.space.plan import (
     MODEL,
     OWNER_SECRET,
     REVISION,
-    TOKEN,
     Space,
     check_model,
     read_secrets,
@@ -56,7 +55,7 @@ def deploy(
         name = check_destination(space.name, space.private, kind="space")
         check_space(name)
         space = replace(space, name=name)
-    commit = check_model(space.model, space.secrets.get(TOKEN))
+    commit = check_model(space)
     pinned = {MODEL: space.model, REVISION: commit}
     space = replace(space, variables=pinned | space.variables)
     with written_whole(folder, replace=True) as part:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from phi_mm.hub.space.plan import TOKEN
 logger = logging.getLogger(__name__)
 
 LAST_LINES = 15  # of a log, told when something failed
-PROGRESS = ("Collecting ", "Processing ", "Installing ", "Successfully ")  # of pip's lines
+PROGRESS = re.compile(r"(Collecting|Processing|Installing) .*?(?= \(from |:|$)")  # of pip's lines
 START_SECONDS = 1800  # so long the Hub waits for a Space
 POLL_SECONDS = 0.5
 QUESTION = {"text": "What can you do?", "length": 16}
@@ -75,8 +76,8 @@ def install(python: Path, folder: Path) -> None:
     ) as pip:
         for line in pip.stdout:
             lines.append(line.rstrip())
-            if line.startswith(PROGRESS):
-                logger.info("  %s", line.rstrip())
+            if progress := PROGRESS.match(line):
+                logger.info("  %s", progress[0])
     if pip.returncode:
         raise ValueError(_failure(f"{REQUIREMENTS} cannot be installed", lines))
 

@@ -26,6 +26,7 @@ class Space:
     Attributes:
         model: repository of an artefact.
         name: of the Space, NAME or NAMESPACE/NAME.
+        revision: branch or commit of the model.
         hardware: as the Hub calls it.
         private: whether only its owner is to see it.
         variables: settings that everybody may see.
@@ -38,6 +39,7 @@ class Space:
 
     model: str
     name: str
+    revision: str = "main"
     hardware: str = SpaceHardware.CPU_BASIC.value
     private: bool = False
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -82,7 +84,7 @@ def read_variables(given: list[str]) -> dict[str, str]:
         if not equals or not SETTING.fullmatch(name):
             raise ValueError(f"got --variable {text}, expected NAME=VALUE")
         if name in (MODEL, REVISION):
-            raise ValueError(f"got --variable {name}, which --model sets, with its newest commit")
+            raise ValueError(f"got --variable {name}, which --model and --revision set")
         read[name] = value
     return read
 
@@ -108,17 +110,14 @@ def read_secrets(given: list[str], environment: Mapping[str, str] = os.environ) 
     return read
 
 
-def check_model(repo: str, token: str | None) -> str:
-    """The newest commit of a model that the Space will be able to load.
-
-    Args:
-        repo: of the artefact.
-        token: that the Space will have.
+def check_model(space: Space) -> str:
+    """The commit of the model, which the Space will be able to load.
 
     Raises:
         ValueError: no whole artefact of phi-mm, or a private one that the Space could not read.
     """
-    found = find_model(repo, "--model")
+    repo, token = space.model, space.secrets.get(TOKEN)
+    found = find_model(repo, "--model", space.revision)
     config = Path(hf_hub_download(repo, "config.json", revision=found.sha))
     auto_class = json.loads(config.read_text("utf-8")).get("auto_map", {}).get("AutoModel")
     if auto_class != WHOLE_MODEL:
