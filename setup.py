@@ -11,6 +11,7 @@ CORE = [
     "huggingface_hub>=2.4",
     "librosa>=0.11",
     "numpy>=1.26",
+    "packaging>=24.0",
     "pillow>=11.0",
     "soundfile>=0.13",
     "soxr>=0.5",

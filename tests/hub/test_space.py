@@ -367,8 +367,8 @@ def test_the_real_space_is_started_and_asked(
     python, work = Path(sys.executable), tmp_path / "work"
     work.mkdir()
     install(python, tmp_path / "talk")  # all of it is there
-    # Of the Space's machine: neither is this one's.
-    there = {"PHI_MM_PRECISION": "nf4", "PHI_MM_STORE": "/data"}
+    # The Space's own: nothing of it is here, and no records are copied to the Hub from here.
+    there = {"PHI_MM_PRECISION": "nf4", "PHI_MM_STORE": "/data", "PHI_MM_DATASET": "no/name/this"}
     answer = start_and_ask(python, tmp_path / "talk", variables | there, {}, work)
     assert isinstance(answer, str) and (work / "store" / "requests.sqlite3").is_file()
     assert "__pycache__" not in "".join(contents(tmp_path / "talk"))

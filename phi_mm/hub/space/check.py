@@ -29,7 +29,8 @@ QUESTION = {"text": "What can you do?", "length": 16}
 # Of this process, and not of a Space's: settings, paths of modules, who is logged in.
 NOT_ITS_OWN = ("PHI_MM_", "GRADIO_", "PYTHON", "VIRTUAL_ENV", TOKEN)
 STORE = "PHI_MM_STORE"  # on the Hub a path like /data, which is not here
-PRECISION = "PHI_MM_PRECISION"  # of the Space's machine, not of this one
+# Of the Space's machine, not of this one; and where its records are copied to.
+NOT_TRIED = ("PHI_MM_PRECISION", "PHI_MM_DATASET")
 
 
 def check_build(folder: Path, variables: Mapping[str, str], secrets: Mapping[str, str]) -> str:
@@ -108,7 +109,7 @@ def start_and_ask(
         port = free.getsockname()[1]
     settings = {**variables, **secrets, "GRADIO_SERVER_PORT": str(port)}
     settings |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_TEMP_DIR": str(work / "uploads")}
-    settings.pop(PRECISION, None)
+    settings = {name: value for name, value in settings.items() if name not in NOT_TRIED}
     if STORE in settings:
         settings[STORE] = str(work / "store")
     log = work / "app.log"

@@ -34,7 +34,7 @@ class Space:
 
     Raises:
         ValueError: a name or a hardware that the Hub does not take, or a variable that would tell
-            a secret or take the place of a setting that is made here.
+            a secret.
     """
 
     model: str
