@@ -142,6 +142,9 @@ def main() -> None:
         settings = Settings.read()
         store = Store(settings.store, settings.log_rows) if settings.store else None
         copying = make_copy(settings, store)
+        # On ZeroGPU here and now: `spaces` pretends a GPU to this thread alone, and takes the
+        # weights when the page is launched.
+        loaded = make_generator(settings) if ON_ZERO_GPU else None
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
     records = Records(settings.store) if settings.store else None
@@ -150,12 +153,10 @@ def main() -> None:
     limits = settings.limits
     if ON_ZERO_GPU:  # which is lent for one answer at a time
         limits = replace(limits, together=1)
-    engine = Engine(lambda: make_generator(settings), limits, journal)
+    engine = Engine(lambda: loaded or make_generator(settings), limits, journal)
     metrics.read(engine, records)
     engine.start()
     alerts.start()
-    if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
-        engine.wait_until_loaded()
     owner = Owner(settings.owner_secret)
     page = ChatPage(engine).build()
     dashboard.Dashboard(engine, records, owner).add_to(page)

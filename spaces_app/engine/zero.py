@@ -5,14 +5,19 @@ them there when they are closed here. What that process keeps in memory ends wit
 conversation is read anew unless the same process happens to serve its next turn.
 """
 
+import contextlib
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from .generation import NOTHING_SAID, Answer, Ending, Event, Generator, Request, Text
+import gradio as gr
 
+from .generation import NOTHING_SAID, Answer, Ending, Event, Generator, Interrupted, Request, Text
+
+log = logging.getLogger(__name__)
 START_SECONDS = 10  # moving the weights, and the first call of each kernel
 MEDIUM_SECONDS = 1
 TOKENS_PER_SECOND = 20  # at the least: a loan that is too long is waited for longer
@@ -65,15 +70,19 @@ class LentGenerator:
 
     def begin(self, request: Request, emit: Callable[[Event], None], ending: Ending) -> Loan:
         """As `Generator.begin`; there may be no token yet."""
-        left = ending.deadline - time.monotonic()
-        loan = Loan(self._lent(request, left), emit, ending)
+        # What is not said when the loan ends would be lost with all that was.
+        seconds = min(ending.deadline - time.monotonic(), estimate(request))
+        with _told():
+            loan = Loan(self._lent(request, seconds), emit, ending)
         self.step([loan])
         return loan
 
     def step(self, loans: list[Loan]) -> None:
         """Waits a moment for each; raises what was raised in the other process."""
         for loan in loans:
-            loan.take(next(loan.events))
+            with _told():
+                event = next(loan.events)
+            loan.take(event)
 
     def forget(self, conversation: str) -> None:
         """Nothing is kept here."""
@@ -92,7 +101,7 @@ class LentGenerator:
             try:
                 events.put(self.generator.answer(request, events.put, ending))
             except Exception as error:
-                events.put(error)
+                events.put(self._sendable(error))
 
         thread = threading.Thread(target=compute)
         thread.start()
@@ -107,6 +116,26 @@ class LentGenerator:
         finally:
             stop.set()
             thread.join()
+
+    def _sendable(self, error: Exception) -> Exception:
+        """The error's words in a class that another process can read for sure: one that it cannot
+        would leave it waiting.
+        """
+        for kind in (Interrupted, ValueError):
+            if isinstance(error, kind):
+                return kind(str(error))
+        log.error("a request failed", exc_info=error)
+        self.generator.free()
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What `spaces` says, of no quota, no GPU or a loan that was ended, becomes a ValueError."""
+    try:
+        yield
+    except gr.Error as error:
+        raise ValueError(f"the GPU is not to be had: {error.message}") from error
 
 
 def estimate(request: Request) -> int:

@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from phi_mm.assembly import LORA_TARGETS
 from phi_mm.hub.export import save_artefact
 
-from .conftest import assistant, plainly, user
+from .conftest import answer_lent, assistant, plainly, user
 
 PLENTY = 1 << 30
 FOREVER = 3600.0
@@ -402,23 +402,17 @@ def test_a_lent_gpu_answers_alike(generator: Generator, loaded, media: Path) -> 
 
         return lent
 
-    def answer_by(request: Request, emit: Callable, end: Ending) -> Answer:
-        loan = lent.begin(request, emit, end)
-        while loan.answer is None:
-            lent.step([loan])
-        return loan.answer
-
     messages = [user(f"{media}/0.png", "what?")]
     request = Request("one", messages, 40)
     events, lent = [], LentGenerator(generator, lend)
-    answer = answer_by(request, events.append, ending())
+    answer = answer_lent(lent, request, events.append, ending())
     assert answer.token_ids == plainly(*loaded, messages, 40)
     assert [type(event) for event in events] == [Text] * len(events)
     assert lengths == [estimate(request)] == [13]
     with pytest.raises(ValueError, match="expected fewer than 2048"):
-        answer_by(Request("one", [user("x" * 2100)], 4), events.append, ending())
+        answer_lent(lent, Request("one", [user("x" * 2100)], 4), events.append, ending())
     end = ending()
-    stopped = answer_by(request, lambda event: end.stop.set(), end)
+    stopped = answer_lent(lent, request, lambda event: end.stop.set(), end)
     assert stopped.ended == "stopped" and stopped.text == events[0].text
     assert not [thread for thread in threading.enumerate() if "compute" in thread.name]
 
