@@ -18,11 +18,13 @@ try:  # before anything that may start CUDA
 except ImportError:  # not on the Hub
     spaces = None
 
+from door import Door
 from engine.generation import Generator
 from engine.loading import load
 from engine.precision import choose
 from engine.service import Engine
 from engine.zero import LentGenerator
+from gradio.utils import get_upload_folder
 from monitoring import shown
 from monitoring.alerts import Alerts
 from monitoring.metrics import Metrics
@@ -36,12 +38,15 @@ from records.hub_copy import HubCopy
 from records.journal import Journal
 from records.store import Store
 from settings import Settings
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from transformers import PreTrainedModel
 
 log = logging.getLogger("phi-mm")
+SPARE_THREADS = 40  # Gradio's tasks beside the questions that wait, so that none waits unseen
+SESSIONS = 1000  # conversations that Gradio keeps in memory
 ON_ZERO_GPU = spaces is not None and os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "true")
 
 
@@ -63,6 +68,7 @@ def make_generator(settings: Settings) -> Generator | LentGenerator:
         about=f"{Path(settings.model).name} in {choice.precision}, {_senses(model)}",
         precision=choice.precision,
         name=_revision(settings),
+        limits=settings.media,
     )
     return LentGenerator(generator, spaces.GPU) if ON_ZERO_GPU else generator
 
@@ -158,15 +164,21 @@ def main() -> None:
     engine.start()
     alerts.start()
     owner = Owner(settings.owner_secret)
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # of figures that nobody reads
     page = ChatPage(engine).build()
     dashboard.Dashboard(engine, records, owner).add_to(page)
+    door = Middleware(Door, settings.upload_bytes, Path(get_upload_folder()))
     with copying:
         page.launch(
             theme=theme(),
             css=CSS + shown.CSS,
             head=HEAD,
             js=JS,
-            app_kwargs={"routes": routes(engine, metrics, owner)},
+            app_kwargs={"routes": routes(engine, metrics, owner), "middleware": [door]},
+            max_file_size=settings.upload_bytes,
+            max_threads=settings.limits.waiting + SPARE_THREADS,
+            state_session_capacity=SESSIONS,
+            enable_monitoring=False,
             show_error=True,
             ssr_mode=False,
         )

@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, Proces
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .decoding import SideBySide, attend_side_by_side
+from .media import MediaLimits
 from .prefix import PrefixStore
 from .prompt import Prompt, PromptReader
 
@@ -206,6 +207,7 @@ class Generator:
         prefix_budget: bytes of keys and values to keep.
         about: what it is, in a few words for the page.
         precision, name: of the model, for the records; the name tells its revision too.
+        limits: of the files that are opened.
     """
 
     def __init__(
@@ -217,10 +219,11 @@ class Generator:
         about: str = "a model",
         precision: str = "fp32",
         name: str = "a model",
+        limits: MediaLimits | None = None,
     ):
         self.model, self.processor = model, processor
         self.about, self.precision, self.name = about, precision, name
-        self.reader = PromptReader(model, processor, media_budget)
+        self.reader = PromptReader(model, processor, media_budget, limits or MediaLimits())
         self.prefixes = PrefixStore(model.config, prefix_budget)
         attend_side_by_side(model)
 
