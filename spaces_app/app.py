@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 try:  # before anything that may start CUDA
@@ -103,7 +104,10 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
     store = Store(settings.store, settings.log_rows) if settings.store else None
-    engine = Engine(lambda: loaded or make_generator(settings), settings.limits, Journal(store))
+    limits = settings.limits
+    if ON_ZERO_GPU:  # which is lent for one answer at a time
+        limits = replace(limits, together=1)
+    engine = Engine(lambda: loaded or make_generator(settings), limits, Journal(store))
     engine.start()
     page = ChatPage(engine).build()
     page.launch(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
-from engine.generation import Ending, Generator, Interrupted, Request
+from engine.generation import Answer, Ending, Generator, Interrupted, Request
 from engine.zero import LentGenerator, estimate
 
 from phi_mm.checkout import SPACE
@@ -51,11 +51,18 @@ def ending(seconds: float = 60.0) -> Ending:
     return Ending(threading.Event(), time.monotonic() + seconds)
 
 
+def answer_by(lent: LentGenerator, request: Request, emit: Callable, end: Ending) -> Answer:
+    loan = lent.begin(request, emit, end)
+    while loan.answer is None:
+        lent.step([loan])
+    return loan.answer
+
+
 def test_answers_and_errors_pass_between_processes(loaded, media: Path) -> None:
     generator = Generator(*loaded, PLENTY, PLENTY)
     lent, heard = LentGenerator(generator, lend), []
     messages = [user(f"{media}/0.png", f"{media}/1.wav", "what?")]
-    answer = lent.answer(Request("one", messages, 8), heard.append, ending())
+    answer = answer_by(lent, Request("one", messages, 8), heard.append, ending())
     assert answer.token_ids == plainly(*loaded, messages, 8) and heard
     for raised, kind, words in (
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), ValueError, "can't decode byte 0xff"),
@@ -68,7 +75,7 @@ def test_answers_and_errors_pass_between_processes(loaded, media: Path) -> None:
 
         generator.reader.read = fail
         with pytest.raises(kind, match=words) as told:
-            lent.answer(Request("two", messages, 8), heard.append, ending())
+            answer_by(lent, Request("two", messages, 8), heard.append, ending())
         assert type(told.value) is kind
         kept = 0 if kind is RuntimeError else 1  # perhaps it had no memory left
         assert len(generator.prefixes.kept) == kept
@@ -84,7 +91,7 @@ def test_what_spaces_refuses_is_a_sentence(loaded) -> None:
 
     lent = LentGenerator(Generator(*loaded, PLENTY, PLENTY), refuse)
     with pytest.raises(ValueError) as told:
-        lent.answer(Request("one", [user("hello")], 8), print, ending())
+        answer_by(lent, Request("one", [user("hello")], 8), print, ending())
     assert str(told.value) == "the GPU is not to be had: You have exceeded your ZeroGPU quota"
 
 
@@ -100,8 +107,8 @@ def test_an_answer_ends_with_its_loan(loaded) -> None:
 
     lent = LentGenerator(Generator(*loaded, PLENTY, PLENTY), note)
     request = Request("one", [user("hello")], 8)
-    lent.answer(request, lambda event: None, ending(1000))
-    lent.answer(request, lambda event: None, ending(5))
+    answer_by(lent, request, lambda event: None, ending(1000))
+    answer_by(lent, request, lambda event: None, ending(5))
     assert given[0] == estimate(request) == 10 and 4 < given[1] <= 5
 
 
