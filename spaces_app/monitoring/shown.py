@@ -12,6 +12,7 @@ import pandas as pd
 from . import figures
 
 MOST_CHANGES = 5  # of the model, that are named
+MOST_CLASSES = 12  # of errors
 LARGEST_MEDIUM = 20 << 20  # bytes that are sent to be shown
 TABLE = {
     "time (UTC)": "when",
@@ -34,6 +35,7 @@ CSS = """
 .tiles div {background: var(--block-background-fill)}
 .tiles dt {font-size: 0.8rem; opacity: 0.75}
 .tiles dd {font-size: 1.15rem; margin: 0; font-weight: 600; overflow-wrap: anywhere}
+#tiles p {margin: 0.6rem 0}
 .media img, .media audio {max-width: 100%; max-height: 24rem}
 """
 
@@ -50,6 +52,12 @@ def tiles(numbers: dict[str, Any]) -> str:
 def state(sentence: str) -> str:
     """How the engine is."""
     return f"<p>{html.escape(sentence)}</p>"
+
+
+def errors(frame: pd.DataFrame) -> str:
+    """How often which class of error, the most frequent ones."""
+    classes = list(figures.error_classes(frame).items())[:MOST_CLASSES]
+    return f"<p>Errors by class</p>{tiles(dict(classes))}" if classes else ""
 
 
 def changes(frame: pd.DataFrame) -> str:
