@@ -30,6 +30,7 @@ TABLE = {
     "request": "id",
 }
 CSS = """
+.nav-holder {display: none}  /* visitors have no business with the dashboard */
 .tiles {display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 0.6rem}
 .tiles div {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 0.6rem}
 .tiles div {background: var(--block-background-fill)}

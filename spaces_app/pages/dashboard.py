@@ -90,10 +90,7 @@ class Dashboard:
 
     def add_to(self, blocks: gr.Blocks) -> None:
         """Makes it a page of an app, at /dashboard."""
-        with blocks:
-            gr.Navbar(visible=False)  # of the other page: visitors have no business here
         with blocks.route("Dashboard", PATH, show_in_navbar=False):
-            gr.Navbar(visible=False)
             gr.Markdown("# phi-mm: dashboard")
             if not self.owner.known:
                 gr.Markdown(NO_SECRET)
