@@ -113,6 +113,7 @@ def make_copy(settings: Settings, store: Store | None) -> HubCopy | contextlib.n
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request to the Hub
     lines = logging.StreamHandler()  # of JSON, as they are
     logging.getLogger("phi-mm.requests").addHandler(lines)
     logging.getLogger("phi-mm.requests").propagate = False
