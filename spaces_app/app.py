@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 try:  # before anything that may start CUDA
@@ -123,7 +124,10 @@ def main() -> None:
         copying = make_copy(settings, store)
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
-    engine = Engine(lambda: make_generator(settings), settings.limits, Journal(store))
+    limits = settings.limits
+    if ON_ZERO_GPU:  # which is lent for one answer at a time
+        limits = replace(limits, together=1)
+    engine = Engine(lambda: make_generator(settings), limits, Journal(store))
     engine.start()
     if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
         engine.wait_until_loaded()
