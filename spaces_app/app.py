@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 try:  # before anything that may start CUDA
@@ -133,6 +134,7 @@ def make_copy(settings: Settings, store: Store | None) -> HubCopy | contextlib.n
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request to the Hub
     lines = logging.StreamHandler()  # of JSON, as they are
     logging.getLogger("phi-mm.requests").addHandler(lines)
     logging.getLogger("phi-mm.requests").propagate = False
@@ -142,10 +144,13 @@ def main() -> None:
         copying = make_copy(settings, store)
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
+    limits = settings.limits
+    if ON_ZERO_GPU:  # which is lent for one answer at a time
+        limits = replace(limits, together=1)
     records = Records(settings.store) if settings.store else None
     metrics, alerts = Metrics(), Alerts(settings.alerts, settings.store)
     journal = Journal(store, [metrics.watch, alerts.watch])
-    engine = Engine(lambda: make_generator(settings), settings.limits, journal)
+    engine = Engine(lambda: make_generator(settings), limits, journal)
     metrics.read(engine, records)
     engine.start()
     alerts.start()

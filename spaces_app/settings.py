@@ -76,6 +76,7 @@ class Settings:
             )
         limits = Limits(
             _number(given, "PHI_MM_WAITING", Limits.waiting),
+            _number(given, "PHI_MM_TOGETHER", Limits.together),
             _number(given, "PHI_MM_WAIT_SECONDS", Limits.wait_seconds),
             _number(given, "PHI_MM_ANSWER_SECONDS", Limits.answer_seconds),
         )

@@ -35,7 +35,7 @@ class RatingForm:
                 "this answer. The model may learn from them.",
                 max_lines=8,
             )
-            self.send = gr.Button("Send", size="sm")
+            self.send = gr.Button("Give feedback", size="sm")
 
     def connect(
         self, talk: gr.Chatbot, conversation: gr.State, keep: gr.Checkbox, cleared: Sequence
