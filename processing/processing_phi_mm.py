@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.audio_utils import load_audio
 from transformers.image_utils import load_image
@@ -254,14 +254,14 @@ class PhiMMProcessor(ProcessorMixin):
             if not isinstance(source, Image.Image):
                 raise ValueError(f"a {type(source).__name__} is not a picture")
             return _to_rgb(source)
-        except (OSError, ValueError, SyntaxError, TypeError, UnidentifiedImageError) as error:
-            raise ValueError(
-                f"got the image {name}, expected a picture that can be opened (PNG, JPEG, GIF, "
-                f"WebP, ...): {error}"
-            ) from error
         except Image.DecompressionBombError as error:
             raise ValueError(
                 f"got the image {name}, expected one of a sane size: {error}"
+            ) from error
+        except Exception as error:  # a broken file makes Pillow raise errors of any kind
+            raise ValueError(
+                f"got the image {name}, expected a picture that can be opened (PNG, JPEG, GIF, "
+                f"WebP, ...): {error}"
             ) from error
 
     def pad_to_square(self, image: Image.Image) -> Image.Image:
@@ -326,7 +326,7 @@ class PhiMMProcessor(ProcessorMixin):
                 samples = load_audio(str(source), sampling_rate=rate, backend="soundfile")
             else:
                 samples = _to_mono(*_samples_and_rate(source, rate), rate)
-        except (OSError, RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # a broken file makes decoders raise errors of any kind
             raise ValueError(
                 f"got the audio {name}, expected a recording that can be opened (WAV, FLAC, MP3, "
                 f"OGG): {error}"
@@ -503,8 +503,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bit, as scanners and depth cameras write
-        values = np.asarray(image, dtype=np.float64)
-        return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).clip(0, 65535).astype(np.int32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 try:  # before anything that may start CUDA
@@ -17,11 +18,13 @@ try:  # before anything that may start CUDA
 except ImportError:  # not on the Hub
     spaces = None
 
+from door import Door
 from engine.generation import Generator
 from engine.loading import load
 from engine.precision import choose
 from engine.service import Engine
 from engine.zero import LentGenerator
+from gradio.utils import get_upload_folder
 from monitoring import shown
 from monitoring.alerts import Alerts
 from monitoring.metrics import Metrics
@@ -35,12 +38,15 @@ from records.hub_copy import HubCopy
 from records.journal import Journal
 from records.store import Store
 from settings import Settings
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from transformers import PreTrainedModel
 
 log = logging.getLogger("phi-mm")
+SPARE_THREADS = 40  # Gradio's tasks beside the questions that wait, so that none waits unseen
+SESSIONS = 1000  # conversations that Gradio keeps in memory
 ON_ZERO_GPU = spaces is not None and os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "true")
 
 
@@ -62,6 +68,7 @@ def make_generator(settings: Settings) -> Generator | LentGenerator:
         about=f"{Path(settings.model).name} in {choice.precision}, {_senses(model)}",
         precision=choice.precision,
         name=_revision(settings),
+        limits=settings.media,
     )
     return LentGenerator(generator, spaces.GPU) if ON_ZERO_GPU else generator
 
@@ -141,27 +148,37 @@ def main() -> None:
         settings = Settings.read()
         store = Store(settings.store, settings.log_rows) if settings.store else None
         copying = make_copy(settings, store)
+        # On ZeroGPU here and now: `spaces` pretends a GPU to this thread alone, and takes the
+        # weights when the page is launched.
+        loaded = make_generator(settings) if ON_ZERO_GPU else None
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
     records = Records(settings.store) if settings.store else None
     metrics, alerts = Metrics(), Alerts(settings.alerts, settings.store)
     journal = Journal(store, [metrics.watch, alerts.watch])
-    engine = Engine(lambda: make_generator(settings), settings.limits, journal)
+    limits = settings.limits
+    if ON_ZERO_GPU:  # which is lent for one answer at a time
+        limits = replace(limits, together=1)
+    engine = Engine(lambda: loaded or make_generator(settings), limits, journal)
     metrics.read(engine, records)
     engine.start()
     alerts.start()
-    if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
-        engine.wait_until_loaded()
     owner = Owner(settings.owner_secret)
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # of figures that nobody reads
     page = ChatPage(engine).build()
     dashboard.Dashboard(engine, records, owner).add_to(page)
+    door = Middleware(Door, settings.upload_bytes, Path(get_upload_folder()))
     with copying:
         page.launch(
             theme=theme(),
             css=CSS + shown.CSS,
             head=HEAD,
             js=JS,
-            app_kwargs={"routes": routes(engine, metrics, owner)},
+            app_kwargs={"routes": routes(engine, metrics, owner), "middleware": [door]},
+            max_file_size=settings.upload_bytes,
+            max_threads=settings.limits.waiting + SPARE_THREADS,
+            state_session_capacity=SESSIONS,
+            enable_monitoring=False,
             show_error=True,
             ssr_mode=False,
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.media import MILLION, MediaLimits
 from engine.precision import AUTO, ON_CPU, ON_GPU
 from engine.service import Limits
 from monitoring.alerts import Bounds
@@ -26,6 +27,8 @@ class Settings:
         precision: one of engine.precision's, or "auto".
         media_bytes, prefix_bytes: memory for what was seen and heard, and for conversations.
         limits: of queue and time.
+        upload_bytes: largest file that is taken.
+        media: of the files that are opened.
         store, log_rows: folder of the records of requests, None to keep none, and how many to keep.
         dataset, dataset_minutes: Hub id of the data set that they are copied to, None for none, and
             how often.
@@ -39,6 +42,8 @@ class Settings:
     media_bytes: int
     prefix_bytes: int
     limits: Limits
+    upload_bytes: int
+    media: MediaLimits
     store: Path | None
     log_rows: int
     dataset: str | None
@@ -76,8 +81,13 @@ class Settings:
             )
         limits = Limits(
             _number(given, "PHI_MM_WAITING", Limits.waiting),
+            _number(given, "PHI_MM_TOGETHER", Limits.together),
             _number(given, "PHI_MM_WAIT_SECONDS", Limits.wait_seconds),
             _number(given, "PHI_MM_ANSWER_SECONDS", Limits.answer_seconds),
+        )
+        media = MediaLimits(
+            _number(given, "PHI_MM_PICTURE_MEGAPIXELS", MediaLimits.pixels / MILLION) * MILLION,
+            _number(given, "PHI_MM_RECORDING_SECONDS", MediaLimits.seconds),
         )
         return cls(
             model=model,
@@ -86,6 +96,8 @@ class Settings:
             media_bytes=_number(given, "PHI_MM_MEDIA_MB", 256) * MEGABYTE,
             prefix_bytes=_number(given, "PHI_MM_PREFIX_MB", 1024) * MEGABYTE,
             limits=limits,
+            upload_bytes=_number(given, "PHI_MM_UPLOAD_MB", 32) * MEGABYTE,
+            media=media,
             store=Path(given["PHI_MM_STORE"]) if given.get("PHI_MM_STORE") else None,
             log_rows=_number(given, "PHI_MM_LOG_ROWS", 100_000),
             dataset=dataset,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .media import MediaLimits, UnusableFile
 from .store import BoundedStore
 
 WINDOWS_AT_ONCE = 8  # of 30 seconds each: more would take memory and no less time
@@ -67,10 +68,17 @@ class PromptReader:
     Args:
         model, processor: of the artefact.
         budget: bytes of tower outputs to keep.
+        limits: of the files that are opened.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, budget: int):
-        self.model, self.processor = model, processor
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        budget: int,
+        limits: MediaLimits,
+    ):
+        self.model, self.processor, self.limits = model, processor, limits
         self.features: BoundedStore[torch.Tensor | str] = BoundedStore(budget)
 
     @property
@@ -83,8 +91,9 @@ class PromptReader:
         """The prompt for the next answer.
 
         Raises:
-            ValueError: a file cannot be opened, the model has no tower for it, or the conversation
-                is longer than the model's context.
+            UnusableFile: a file cannot be opened, or is larger than may be.
+            ValueError: the model has no tower for a file, or the conversation is longer than the
+                model's context.
         """
         media = _Media()
         filled = [
@@ -148,22 +157,31 @@ class PromptReader:
             self.features.put(content, value, size)
         return content, value
 
+    def _open(self, path: str, check: Callable[[str], None], load: Callable[[str], Any]) -> Any:
+        try:
+            check(path)
+            return load(path)
+        except ValueError as error:
+            raise UnusableFile(str(error), path) from error.__cause__
+
     def _see(self, path: str) -> torch.Tensor:
         """Patches (P, C) of a picture."""
-        pixels = self.processor(images=[path], return_tensors="pt")["pixel_values"]
+        picture = self._open(path, self.limits.check_picture, self.processor.load_image)
+        pixels = self.processor(images=[picture], return_tensors="pt")["pixel_values"]
         return self.model.model.get_vision_features(pixels.to(self.model.device))[0].cpu()
 
     def _hear(self, path: str) -> torch.Tensor:
         """Sounding encoder frames (F, C) of a recording."""
         if self.processor.feature_extractor is None:
             self.processor(audio=[path])  # says that there is no tower
-        samples = self.processor.load_audio(path)
+        samples = self._open(path, self.limits.check_recording, self.processor.load_audio)
         frames = self.processor.count_frames(len(samples))
         if (tokens := self.processor.count_audio_tokens(frames)) >= self.context:
             seconds = len(samples) / self.processor.feature_extractor.sampling_rate
-            raise ValueError(
-                f"got a recording of {seconds:.0f} s, which is {tokens} tokens, expected fewer "
-                f"than {self.context}: record or cut a shorter one"
+            raise UnusableFile(
+                f"got {path!r}, a recording of {seconds:.0f} s, which is {tokens} tokens, expected "
+                f"fewer than {self.context}: record or cut a shorter one",
+                path,
             )
         windows = self.processor(audio=[samples], return_tensors="pt")["input_features"]
         heard = [
@@ -173,7 +191,8 @@ class PromptReader:
         return torch.cat(heard).flatten(0, 1)[:frames].clone()
 
     def _transcribe(self, path: str) -> str:
-        recording = {"role": "user", "content": [{"type": "audio", "audio": path}]}
+        samples = self._open(path, self.limits.check_recording, self.processor.load_audio)
+        recording = {"role": "user", "content": [{"type": "audio", "audio": samples}]}
         written = self.processor.transcribe([recording], self.model)
         return written[0]["content"][0]["text"]
 

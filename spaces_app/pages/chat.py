@@ -3,10 +3,14 @@
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 import gradio as gr
 from engine.service import Engine
 from gradio.data_classes import ImageData
+from gradio.route_utils import API_PREFIX
+from gradio.utils import get_upload_folder, is_in_or_equal
+from gradio_client.utils import is_http_url_like
 
 from .conversation import Conversation, Turn
 from .rating import THUMBS, RatingForm
@@ -100,7 +104,7 @@ class ChatPage:
             elem_id="picture",
         )
         # An instance's own: gradio writes a .pyi file beside every subclass.
-        self.image.preprocess = partial(_as_it_came, self.image.preprocess)
+        self.image.preprocess = _as_it_came
         self.audio = gr.Audio(
             label="Recording",
             type="filepath",
@@ -108,6 +112,9 @@ class ChatPage:
             buttons=["download"],
             elem_id="recording",
         )
+        for field in (self.image, self.audio):
+            move = field.async_move_resource_to_block_cache
+            field.async_move_resource_to_block_cache = partial(_uploaded, move)
 
     def _build_settings(self) -> None:
         with gr.Accordion("Settings", open=False):
@@ -328,12 +335,15 @@ class ChatPage:
             raise gr.Error(str(error), print_exception=False) from None
 
 
-def _as_it_came(preprocess: Callable, payload: ImageData | None) -> str | None:
+def _as_it_came(payload: ImageData | None) -> str | None:
     """The file that was uploaded, unopened: that it is no picture is told by the engine, in a
     sentence, and in the conversation.
     """
-    if payload is None or payload.path is None:
-        return preprocess(payload)
+    if payload is None:
+        return None
+    # gradio 6.31 looks at no path of a picture whose `meta` is missing.
+    if payload.path is None or not is_in_or_equal(payload.path, get_upload_folder()):
+        raise gr.Error(f"got {payload.path}, expected a file: upload it", print_exception=False)
     return payload.path
 
 
@@ -342,3 +352,13 @@ def _named(text: str, image: str, audio: str) -> str:
     media = ["a picture"] if image else []
     media += ["a spoken question"] if audio else []
     return " + ".join([text, *media] if text else media)
+
+
+async def _uploaded(move: Callable, path: str | Path) -> str | None:
+    """The uploaded file; an address is not fetched, unless it is that of an uploaded file."""
+    if not is_http_url_like(str(path)):
+        return await move(path)
+    own = unquote(str(path).partition(f"{API_PREFIX}/file=")[2])
+    if not own or not is_in_or_equal(own, get_upload_folder()):
+        raise gr.Error(f"got the address {path}, expected a file: upload it", print_exception=False)
+    return await move(own)

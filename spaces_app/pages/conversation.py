@@ -1,5 +1,6 @@
 """A conversation: what was asked and answered, for the model, the page and the owner's store."""
 
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.generation import Answer, Begun, Event, Heard, Request, Text, Waiting
+from engine.media import UnusableFile
 from engine.service import Engine
 from records.record import Content, Feedback
 
@@ -51,7 +53,7 @@ class Turn:
 
     def shown(self) -> list[dict[str, Any]]:
         """Messages for the page."""
-        asked = [{"path": path} for path in (self.image, self.audio) if path]
+        asked = [_shown(path) for path in (self.image, self.audio) if path]
         asked += [f"*heard:* {self.heard}"] if self.heard else []
         asked += [self.text] if self.text else []
         said = [f"**{self.error}**"] if self.error else []
@@ -80,10 +82,19 @@ class Turn:
             self.answer, self.note = event.text, describe(event)
 
     def fail(self, error: ValueError) -> None:
-        """Notes why there is no answer; files are named as the user knows them."""
+        """Notes why there is no answer; files are named as the user knows them, and those that
+        nobody can use are not kept.
+        """
         self.error, self.note = str(error), ""
         for path in filter(None, (self.image, self.audio)):
             self.error = self.error.replace(path, Path(path).name)
+        if isinstance(error, UnusableFile):
+            Path(error.path).unlink(missing_ok=True)
+
+
+def _shown(path: str) -> dict[str, str] | str:
+    """A file; its name when it is gone."""
+    return {"path": path} if Path(path).is_file() else Path(path).name
 
 
 def describe(answer: Answer) -> str:
@@ -117,7 +128,8 @@ class Conversation:
         Raises:
             ValueError: nothing is asked.
         """
-        text = (text or "").strip()
+        # JSON can bring halves of surrogate pairs, which no tokenizer takes.
+        text = (text or "").encode("utf-8", "replace").decode("utf-8").strip()
         if not text and audio is None:
             raise ValueError("got no question: type one, or record one")
         self.name = self.name or uuid.uuid4().hex
@@ -161,17 +173,9 @@ class Conversation:
         """
         turn = self.turns[-1]
         yield turn
-        before = [earlier.request for earlier in self.turns[:-1] if earlier.answer]
-        request = Request(
-            self.name,
-            self.messages(),
-            int(max_new_tokens),
-            float(temperature),
-            keep,
-            parent=before[-1] if before else "",
-        )
-        turn.request = request.id
         try:
+            request = self._request(max_new_tokens, temperature, keep)
+            turn.request = request.id
             async with aclosing(engine.stream(request)) as events:
                 async for event in events:
                     turn.take(event)
@@ -215,6 +219,22 @@ class Conversation:
         names = {1: "Like", -1: "Dislike", 0: None}
         answers = [(turn, turn.shown()[-1]["content"]) for turn in self.turns]
         return [names[turn.rating] for turn, parts in answers for _ in parts]
+
+    def _request(self, max_new_tokens: float, temperature: float, keep: bool) -> Request:
+        if not (math.isfinite(max_new_tokens) and math.isfinite(temperature)):
+            raise ValueError(
+                f"got a longest answer of {max_new_tokens} and a temperature of {temperature}, "
+                "expected finite numbers"
+            )
+        before = [earlier.request for earlier in self.turns[:-1] if earlier.answer]
+        return Request(
+            self.name,
+            self.messages(),
+            int(max_new_tokens),
+            round(temperature, 2),  # one that is nearly 0 makes infinite numbers
+            keep,
+            parent=before[-1] if before else "",
+        )
 
     def messages(self) -> list[dict[str, Any]]:
         """For the model: all turns that were answered, and the last question."""

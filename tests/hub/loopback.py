@@ -5,7 +5,8 @@ references and tree, preupload, LFS batch with single and multipart uploads and 
 commits as ndjson (files, LFS files, deletions of files and folders), squashing of history, listing
 and deletion of LFS objects, `resolve` by HEAD and GET with ETag, X-Repo-Commit and a redirect of
 LFS files to storage, ranges, and private repositories: 401 without a token, 404 for a stranger's,
-403 where a token may not write, as the real one answers. Storage answers under another host name
+403 where a token may not write, as the real one answers. A Space has variables, secrets that can be
+named and not read, and hardware; nothing is built or run. Storage answers under another host name
 (localhost), as a CDN would, behind URLs that are signed and hold no token. On request it cuts a
 connection half-way through an upload or a download.
 
@@ -151,6 +152,7 @@ class _Handler(History, BaseHTTPRequestHandler):
         made = self.hub.repositories[repo] = Repository(asked.get("visibility") == "private")
         attributes = self.hub.keep(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
         self.hub.commit(made, "main", {".gitattributes": attributes})
+        made.hardware = asked.get("hardware")
         self.send(answer)
 
     def branch(self, id: str, branch: str) -> None:
@@ -200,6 +202,33 @@ class _Handler(History, BaseHTTPRequestHandler):
         return entry | (
             {"lfs": {"oid": oid, "size": size, "pointerSize": 134}} if kind == "lfs" else {}
         )
+
+    # Spaces
+
+    def variables(self, id: str) -> None:
+        kept = self.hub.writable(id, self.account).variables
+        if self.command == "POST":
+            asked = json.loads(self.body)
+            kept[asked["key"]] = asked["value"]
+        self.send_json({key: {"value": value} for key, value in kept.items()})
+
+    def space_secrets(self, id: str) -> None:
+        kept = self.hub.writable(id, self.account).secrets
+        if self.command == "POST":
+            asked = json.loads(self.body)
+            kept[asked["key"]] = asked["value"]
+        self.send_json({key: {} for key in kept})
+
+    def hardware(self, id: str) -> None:
+        self.hub.writable(id, self.account).hardware = json.loads(self.body)["flavor"]
+        self.runtime(id)
+
+    def runtime(self, id: str) -> None:
+        repository = self.hub.readable(id, self.account)
+        started = "app.py" in repository.commits[repository.branches["main"]]
+        stage = "BUILDING" if started else "NO_APP_FILE"
+        hardware = {"current": None, "requested": repository.hardware}
+        self.send_json({"stage": stage, "hardware": hardware})
 
     # Uploads
 
@@ -343,6 +372,7 @@ class _Handler(History, BaseHTTPRequestHandler):
 # Data sets and Spaces are kept under their kind and name: "datasets/someone/something".
 ID = r"(?P<id>((datasets|spaces)/)?[^/]+/[^/]+?)"
 API = rf"/api/(models/)?{ID}"
+SPACE = r"/api/(?P<id>spaces/[^/]+/[^/]+)"
 ROUTES = (
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),
@@ -357,6 +387,12 @@ ROUTES = (
     ("GET", rf"{API}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", "tree"),
     ("GET", rf"{API}/revision/(?P<revision>.+)", "info"),
     ("GET", API, "info"),
+    ("GET", rf"{SPACE}/variables", "variables"),
+    ("POST", rf"{SPACE}/variables", "variables"),
+    ("GET", rf"{SPACE}/secrets", "space_secrets"),
+    ("POST", rf"{SPACE}/secrets", "space_secrets"),
+    ("GET", rf"{SPACE}/runtime", "runtime"),
+    ("POST", rf"{SPACE}/hardware", "hardware"),
     ("POST", rf"/{ID}\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", r"/storage/(?P<signature>\w+)(/(?P<part>\d+))?", "put_object"),
     ("POST", r"/storage/(?P<signature>\w+)/complete", "complete"),

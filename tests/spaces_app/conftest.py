@@ -52,6 +52,14 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
+def answer_lent(lent, request, emit: Callable, ending):
+    """What a `LentGenerator` answers, from beginning to end."""
+    loan = lent.begin(request, emit, ending)
+    while loan.answer is None:
+        lent.step([loan])
+    return loan.answer
+
+
 @pytest.fixture(scope="session")
 def loaded(artefact: Path):
     """Model and processor in float32."""

@@ -96,12 +96,13 @@ def test_stopping_ends_the_stream_with_what_was_said(engine: Engine) -> None:
     assert engine.waiting == 0
 
 
-def test_what_was_heard_is_shown_under_the_recording() -> None:
-    turn = Turn("", None, "/some/question.wav")
+def test_what_was_heard_is_shown_under_the_recording(media: Path) -> None:
+    turn = Turn("", f"{media}/0.png", f"{media}/gone.wav")
     turn.take(Heard(["an earlier one", "a red star"]))
     turn.take(Waiting(2))
     assert turn.shown() == [
-        {"role": "user", "content": {"path": "/some/question.wav"}},
+        {"role": "user", "content": {"path": f"{media}/0.png"}},
+        {"role": "user", "content": "gone.wav"},  # the disk keeps files for an hour
         {"role": "user", "content": "*heard:* a red star"},
         {"role": "assistant", "content": ["*waiting: number 2 in the queue*"]},
     ]
