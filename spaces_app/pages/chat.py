@@ -266,6 +266,7 @@ class ChatPage:
         temperature: float = 0.0,
         conversation: Conversation | None = None,
         keep: bool = False,
+        request: gr.Request | None = None,
     ) -> AsyncIterator[str]:
         """Ask phi-mm about text, a picture, a recording, or all of them; the answer grows.
 
@@ -279,7 +280,9 @@ class ChatPage:
             temperature: 0 for the likeliest words.
             keep: the owner may keep what is asked and shown, and the answer.
         """
-        conversation = conversation or Conversation()  # tools of the MCP endpoint have none
+        # All users of the MCP endpoint are one client, so there every question stands alone.
+        alone = request is not None and request.headers.get("x-gradio-user") == "mcp"
+        conversation = Conversation() if alone or conversation is None else conversation
         try:
             conversation.ask(text, image, audio)
             async for turn in conversation.answer(self.engine, length, temperature, keep):
@@ -289,6 +292,9 @@ class ChatPage:
                 yield turn.answer
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
+        finally:
+            if alone:
+                self._drop(conversation)
 
     def forget(self, conversation: Conversation | None = None) -> None:
         """Forget this client's conversation."""

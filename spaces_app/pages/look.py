@@ -8,7 +8,7 @@ CSS = """
 #about h1, #about p, #state p {margin: 0}
 #talk {height: calc(100dvh - 26.5rem) !important; min-height: 18rem}
 #talk img {max-height: 12rem; width: auto}
-#talk [aria-label=Share] {display: none}
+#talk [aria-label=Share], #talk .message-buttons:has(.download-link) {display: none}
 #talk .message-row {margin-block: 0.5rem 0.25rem}
 #talk .message-buttons + .bot-row:has(em:only-child) {margin-top: 0.25rem}
 #talk .message-buttons + .bot-row:has(em:only-child) .message {

@@ -113,6 +113,7 @@ def test_models_may_ask_by_mcp(url: str, artefact: Path) -> None:
     for question, answer in (("hello", hello), ("again", again)):  # each stands alone
         ids = plainly(model, processor, [user(question)], 16)
         assert answer.content[0].text == processor.tokenizer.decode(ids).strip()
+    assert hello.content != again.content
     assert nothing.isError
     assert "got no question: type one, or record one" in nothing.content[0].text
 

@@ -15,6 +15,7 @@ from .person import EXAMPLES, PATIENCE, Talk, chromium, find_chromium
 
 SECRET = "of the screenshots alone"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+TALL = {"width": 1280, "height": 1250}
 PICTURE, QUESTION = EXAMPLES / "test_picture_00001.png", EXAMPLES / "test_picture_00001_0.flac"
 
 
@@ -41,10 +42,13 @@ def take(artefact: Path, folder: Path) -> None:
             page = _open(browser, space.url, size, scheme)
             _talk(Talk(page))
             _save(page, folder / f"space-{name}.png")
-        page = _open(browser, f"{space.url}/dashboard", DESKTOP, "light")
+            page.get_by_role("button", name="Like", exact=True).last.click()
+            page.locator("#rating").wait_for()
+        page = _open(browser, f"{space.url}/dashboard", TALL, "light")
         page.get_by_label("Secret").fill(SECRET)
         page.get_by_label("Secret").press("Enter")
-        expect(page.locator("#tiles")).to_contain_text("6")
+        page.get_by_label("all", exact=True).check()
+        expect(page.locator("#tiles")).to_contain_text(f"{2 * len(talked)}")
         _save(page, folder / "space-dashboard.png")
 
 
@@ -68,7 +72,7 @@ def _save(page: Page, path: Path) -> None:
     page.wait_for_timeout(1000)  # pictures and waves are drawn
     page.screenshot(path=path)
     with Image.open(path) as picture:
-        picture.convert("RGB").quantize(128).save(path, optimize=True)
+        picture.convert("RGB").save(path, optimize=True)
 
 
 if __name__ == "__main__":
