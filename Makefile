@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo space test conformance check setup clean
+.PHONY: demo space screenshots test conformance check setup clean
 
 setup: $(READY)
 
@@ -22,6 +22,10 @@ demo: $(READY)
 # A page to talk with what the demo made.
 space: $(READY)
 	$(BIN)/phi-mm serve runs/demo/artefact
+
+# Pictures of that page, taken by a browser; writes docs/images/space-*.png.
+screenshots: $(READY)
+	$(BIN)/python -m tests.spaces_app.browser.screenshots runs/demo/artefact docs/images
 
 test: $(READY)
 	$(BIN)/python -m pytest

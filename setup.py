@@ -11,7 +11,8 @@ CORE = [
     "huggingface_hub>=2.4",
     "librosa>=0.11",
     "numpy>=1.26",
-    "pillow>=11.0",
+    "packaging>=24.0",
+    "pillow>=11.3",
     "soundfile>=0.13",
     "soxr>=0.5",
     "torch>=2.6",
@@ -37,8 +38,23 @@ EXTRAS = {
         "pyyaml>=6.0",
         "tqdm>=4.66",
     ],
-    "app": ["gradio>=6.31"],
-    "dev": ["pytest>=8.0", "ruff>=0.12"],
+    "app": [
+        "bitsandbytes>=0.50",
+        "gradio[mcp]>=6.31",
+        "pandas>=2.2",
+        "peft>=0.21",
+        "prometheus-client>=0.22",
+        "psutil>=5.9",
+        "starlette>=1.0",
+    ],
+    "dev": [
+        "axe-playwright-python>=0.1.8",
+        "mcp>=1.21",
+        "playwright>=1.55",
+        "promql-parser>=0.12",
+        "pytest>=8.0",
+        "ruff>=0.12",
+    ],
 }
 
 setup(

@@ -10,10 +10,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "train.py"
 SPACE = ROOT / "spaces_app"
+CONSTRAINTS = ROOT / "constraints.txt"
 TINY_RECIPES = ROOT / "recipes" / "tiny"
 MODEL_CARD = ROOT / "model_card.md"
 ADAPTER_CARD = ROOT / "adapter_card.md"
 LICENSE = ROOT / "LICENSE"
+
+
+def check_checkout(path: Path) -> None:
+    """Raises ValueError where the packages are installed without this part of the checkout."""
+    if not path.exists():
+        raise ValueError(f"got no {path}, expected a checkout: clone the repository")
 
 
 def run_train(arguments: list[str]) -> None:
@@ -22,8 +29,7 @@ def run_train(arguments: list[str]) -> None:
     Raises:
         ValueError: the packages are installed without their checkout.
     """
-    if not TRAIN.is_file():
-        raise ValueError(f"got no {TRAIN}, expected a checkout: clone the repository")
+    check_checkout(TRAIN)
     before = sys.argv
     sys.argv = [str(TRAIN), *arguments]
     try:
@@ -54,6 +60,19 @@ def launch_train(arguments: list[str], processes: int) -> None:
         )
 
 
+def run_records(arguments: list[str]) -> None:
+    """The Space's own command for its records, in its folder.
+
+    Raises:
+        ValueError: the packages are installed without their checkout, or the command failed; it has
+            said why.
+    """
+    check_checkout(SPACE)
+    done = subprocess.run([sys.executable, "-m", "records", *arguments], cwd=SPACE)
+    if done.returncode:
+        raise ValueError(f"the Space's records command ended with exit code {done.returncode}")
+
+
 def run_space(artefact: str, revision: str | None, port: int) -> None:
     """The Space with an artefact, in a process of its own, until it ends.
 
@@ -64,8 +83,7 @@ def run_space(artefact: str, revision: str | None, port: int) -> None:
         ValueError: the packages are installed without their checkout, gradio is missing, or the
             process failed; it has said why.
     """
-    if not SPACE.is_dir():
-        raise ValueError(f"got no {SPACE}, expected a checkout: clone the repository")
+    check_checkout(SPACE)
     if importlib.util.find_spec("gradio") is None:
         raise ValueError('got no gradio, which the page is made of: pip install "phi-mm[app]"')
     folder = Path(artefact)

@@ -18,7 +18,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # It warns on import where an optional CPU kernel is missing; it works without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request to the Hub
+    for client in ("httpx", "httpx2"):  # it tells of every request to the Hub
+        logging.getLogger(client).setLevel(logging.WARNING)
     try:
         given.verb(given)
     except ValueError as error:  # by the house rule, what is wrong with the user's input
@@ -72,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--base", metavar="REPO", help="phi-mm repository that the LoRA adapts")
     verb.add_argument("--for-vllm", action="store_true", help="AutoModel gives the base model")
 
+    _add_deploy_space(verbs)
+
     verb = _verb(verbs, "chat", chat)
     verb.add_argument("artefact", help="exported folder or Hub id")
     verb.add_argument("--max-new-tokens", type=_positive, default=256)
@@ -82,8 +85,31 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--port", type=_positive, default=7860)
 
     _add_data(verbs)
+    _add_feedback(verbs)
     _add_tiny(verbs)
     return top
+
+
+def _add_deploy_space(verbs: argparse._SubParsersAction) -> None:
+    verb = _verb(verbs, "deploy-space", deploy_space)
+    verb.add_argument("folder", type=Path, metavar="DIR", help="folder to write")
+    verb.add_argument("--model", required=True, metavar="REPO", help="what phi-mm push pushed")
+    verb.add_argument("--revision", default="main", help="its branch or commit (%(default)s)")
+    verb.add_argument("--space", required=True, metavar="NAME", help="[NAMESPACE/]NAME")
+    verb.add_argument("--hardware", default="cpu-basic", help="as the Hub calls it (%(default)s)")
+    verb.add_argument("--private", action="store_true", help="make the Space private")
+    verb.add_argument(
+        "--variable", action="append", default=[], metavar="NAME=VALUE", help="a public setting"
+    )
+    verb.add_argument(
+        "--secret",
+        action="append",
+        default=[],
+        metavar="NAME[=ENV]",
+        help="a secret setting, read from the environment variable of that name, or from ENV",
+    )
+    verb.add_argument("--no-check", action="store_true", help="do not build and ask it here")
+    verb.add_argument("--no-push", action="store_true", help="leave the Hub as it is")
 
 
 def _add_data(verbs: argparse._SubParsersAction) -> None:
@@ -95,6 +121,23 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--processor", type=Path, help="run or artefact that counts the tokens")
     verb.add_argument("--media-root", type=Path, help="where media paths start (beside the file)")
     verb.add_argument("--max-length", type=_positive, help="report rows with more tokens")
+
+
+def _add_feedback(verbs: argparse._SubParsersAction) -> None:
+    feedback = verbs.add_parser("feedback", help="what users of the Space thought").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    verb = _verb(feedback, "export", export_feedback)
+    verb.add_argument("store", help="the Space's folder of records, or their data set's Hub id")
+    verb.add_argument("out", type=Path, help="new folder to write")
+    verb.add_argument(
+        "--share", type=float, default=0.2, help="of conversations, to measure by (%(default)s)"
+    )
+    verb.add_argument("--liked", action="store_true", help="also take answers with a thumb up")
+
+    verb = _verb(feedback, "delete", delete_conversation)
+    verb.add_argument("store", help="the Space's folder of records, or their data set's Hub id")
+    verb.add_argument("conversation", help="its name")
 
 
 def _add_tiny(verbs: argparse._SubParsersAction) -> None:
@@ -228,6 +271,33 @@ def push(given: argparse.Namespace) -> None:
     print(f"{pushed.repo} at {pushed.commit} was downloaded again and answers the same")
 
 
+def deploy_space(given: argparse.Namespace) -> None:
+    """Serve an artefact of the Hub in a Space of your own."""
+    from phi_mm.hub.space import Space, deploy, read_secrets, read_variables
+
+    space = Space(
+        model=given.model,
+        name=given.space,
+        revision=given.revision,
+        hardware=given.hardware,
+        private=given.private,
+        variables=read_variables(given.variable),
+        secrets=read_secrets(given.secret),
+    )
+    push = not given.no_push
+    space = deploy(given.folder, space, _show_owner_secret, not given.no_check, push)
+    if not push:
+        print(f"{given.folder} is written; without --no-push it becomes the Space {space.name}")
+        return
+    print(f"https://huggingface.co/spaces/{space.name} is being built; it serves {space.model}")
+    if space.hardware not in ("cpu-basic", "zero-a10g"):
+        print(f"{space.hardware} is billed by the hour, until you pause the Space in its settings")
+
+
+def _show_owner_secret(secret: str) -> None:
+    print(f"the owner's secret, shown this once (PHI_MM_OWNER_SECRET): {secret}", flush=True)
+
+
 def chat(given: argparse.Namespace) -> None:
     """Talk with an artefact: text, pictures, recordings."""
     from phi_mm.chat import chat as run
@@ -252,6 +322,22 @@ def check_data(given: argparse.Namespace) -> None:
     print(report)
     if report.faults:
         sys.exit(f"phi-mm: {report.faults} faults in {given.file}")
+
+
+def export_feedback(given: argparse.Namespace) -> None:
+    """Write what users corrected as rows to train on and to measure by."""
+    from phi_mm.feedback import export as run
+
+    print(run(given.store, given.out, given.share, given.liked))
+
+
+def delete_conversation(given: argparse.Namespace) -> None:
+    """Delete all that is kept of a conversation."""
+    from phi_mm.checkout import run_records
+
+    folder = Path(given.store)
+    store = str(folder.resolve()) if folder.is_dir() else given.store
+    run_records(["delete", store, given.conversation])
 
 
 def build_bases(given: argparse.Namespace) -> None:

@@ -23,7 +23,8 @@ class PhiMMCollator:
     """Batches samples `{"messages": [...]}` for training: right padded, labels on the assistant's
     spans.
 
-    The spans come from the chat template's generation blocks, never from re-tokenised pieces.
+    The spans come from the chat template's generation blocks, never from re-tokenised pieces. An
+    assistant's message with `"weight": 0` is read and not learnt.
 
     Args:
         processor: a `PhiMMProcessor` whose chat template marks the assistant's spans.
@@ -59,7 +60,7 @@ class PhiMMCollator:
             processor_kwargs={"padding": False},
         )
         rows = [
-            self._cut(sample, ids, mask)
+            self._cut(sample, ids, _weighed(sample["messages"], mask))
             for sample, ids, mask in zip(
                 samples, inputs["input_ids"], inputs["assistant_masks"], strict=True
             )
@@ -123,6 +124,17 @@ class PhiMMCollator:
             attention_mask[row, : len(ids)] = 1
             labels[row, : len(ids)] = torch.tensor(row_labels)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def _weighed(messages: list[dict], mask: list[int]) -> list[int]:
+    """The mask of the assistant's spans, without those of messages with weight 0."""
+    weights = iter([m.get("weight", 1) for m in messages if m["role"] == "assistant"])
+    weighed, weight = [], 0
+    for before, now in zip([0, *mask], mask, strict=False):
+        if now and not before:
+            weight = next(weights)
+        weighed.append(now * weight)
+    return weighed
 
 
 __all__ = ["PhiMMCollator"]

@@ -3,11 +3,14 @@
 PHI_MM_MODEL=artefact python app.py
 """
 
+import contextlib
 import logging
 import os
 import signal
+import sqlite3
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 try:  # before anything that may start CUDA
@@ -15,7 +18,6 @@ try:  # before anything that may start CUDA
 except ImportError:  # not on the Hub
     spaces = None
 
-import gradio as gr
 from door import Door
 from engine.generation import Generator
 from engine.loading import load
@@ -23,13 +25,22 @@ from engine.precision import choose
 from engine.service import Engine
 from engine.zero import LentGenerator
 from gradio.utils import get_upload_folder
-from pages.chat import CSS, ChatPage
+from monitoring import shown
+from monitoring.alerts import Alerts
+from monitoring.metrics import Metrics
+from monitoring.owner import Owner
+from monitoring.queries import Records
+from pages import dashboard
+from pages.chat import ChatPage
+from pages.look import CSS, HEAD, JS, theme
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from records.hub_copy import HubCopy
 from records.journal import Journal
 from records.store import Store
 from settings import Settings
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from transformers import PreTrainedModel
 
@@ -80,8 +91,8 @@ def _senses(model: PreTrainedModel) -> str:
     return " and ".join(sees) or "takes text alone"
 
 
-def routes(engine: Engine) -> list[Route]:
-    """/health: the process works. /ready: the model answers."""
+def routes(engine: Engine, metrics: Metrics, owner: Owner) -> list[Route]:
+    """/health: the process works. /ready: the model answers. /metrics: numbers for the owner."""
 
     def health(request: Request) -> JSONResponse:
         return _answer(engine, engine.alive)
@@ -89,12 +100,42 @@ def routes(engine: Engine) -> list[Route]:
     def ready(request: Request) -> JSONResponse:
         return _answer(engine, engine.ready)
 
-    return [Route("/health", health), Route("/ready", ready)]
+    def measured(request: Request) -> Response:
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        try:  # nothing is no wrong guess, which would count
+            right = owner.admit(given) if kind.lower() == "bearer" or not owner.known else False
+        except ValueError as error:
+            return PlainTextResponse(str(error), 429 if owner.known else 403)
+        if not right:
+            return PlainTextResponse(
+                "send the owner's secret: Authorization: Bearer SECRET",
+                status_code=401,
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return [Route("/health", health), Route("/ready", ready), Route("/metrics", measured)]
 
 
 def _answer(engine: Engine, good: bool) -> JSONResponse:
     told = {"state": engine.describe(), "waiting": engine.waiting, "answering": engine.answering}
     return JSONResponse(told, status_code=200 if good else 503)
+
+
+def make_copy(settings: Settings, store: Store | None) -> HubCopy | contextlib.nullcontext[None]:
+    """Copies the records to the Hub while its block runs, where that is asked for.
+
+    Raises:
+        ValueError: they would be public.
+    """
+    if settings.dataset is None:
+        return contextlib.nullcontext()
+    try:
+        copy = HubCopy(store, settings.dataset, settings.dataset_minutes)
+    except (OSError, sqlite3.Error) as error:
+        log.error("records are not copied to %s, for the store fails: %s", settings.dataset, error)
+        return contextlib.nullcontext()
+    return copy
 
 
 def main() -> None:
@@ -104,23 +145,37 @@ def main() -> None:
     logging.getLogger("phi-mm.requests").propagate = False
     try:
         settings = Settings.read()
+        store = Store(settings.store, settings.log_rows) if settings.store else None
+        copying = make_copy(settings, store)
+        # On ZeroGPU here and now: `spaces` pretends a GPU to this thread alone, and takes the
+        # weights when the page is launched.
+        loaded = make_generator(settings) if ON_ZERO_GPU else None
     except ValueError as error:
         sys.exit(f"phi-mm: {error}")
-    store = Store(settings.store, settings.log_rows) if settings.store else None
-    engine = Engine(lambda: make_generator(settings), settings.limits, Journal(store))
+    records = Records(settings.store) if settings.store else None
+    metrics, alerts = Metrics(), Alerts(settings.alerts, settings.store)
+    journal = Journal(store, [metrics.watch, alerts.watch])
+    limits = settings.limits
+    if ON_ZERO_GPU:  # which is lent for one answer at a time
+        limits = replace(limits, together=1)
+    engine = Engine(lambda: loaded or make_generator(settings), limits, journal)
+    metrics.read(engine, records)
     engine.start()
-    if ON_ZERO_GPU:  # the weights are packed for the GPU when the page is launched
-        engine.wait_until_loaded()
+    alerts.start()
+    owner = Owner(settings.owner_secret)
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # of figures that nobody reads
     page = ChatPage(engine).build()
+    dashboard.Dashboard(engine, records, owner).add_to(page)
     door = Middleware(Door, settings.upload_bytes, Path(get_upload_folder()))
-    # As Ctrl-C: Gradio ends the streams, and after that the engine writes down what is left.
+    # As Ctrl-C: Gradio ends the streams, the engine writes down what is left, and that is copied.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with copying, contextlib.closing(engine):
         page.launch(
-            theme=gr.themes.Soft(),
-            css=CSS,
-            app_kwargs={"routes": routes(engine), "middleware": [door]},
+            theme=theme(),
+            css=CSS + shown.CSS,
+            head=HEAD,
+            js=JS,
+            app_kwargs={"routes": routes(engine, metrics, owner), "middleware": [door]},
             max_file_size=settings.upload_bytes,
             max_threads=settings.limits.waiting + SPARE_THREADS,
             state_session_capacity=SESSIONS,
@@ -128,8 +183,6 @@ def main() -> None:
             show_error=True,
             ssr_mode=False,
         )
-    finally:
-        engine.close()
 
 
 if __name__ == "__main__":

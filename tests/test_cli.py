@@ -22,9 +22,13 @@ HEAVY = ("torch", "transformers", "datasets", "numpy")
         "verify y --run runs/x",
         "push y --repo ann/x --private --revision v1 --for-vllm",
         "push runs/x --repo x --adapter-only --base ann/x",
+        "deploy-space d --model ann/x --revision v1 --space s --hardware t4-small --private "
+        "--variable A=1 --secret B=C --no-check --no-push",
         "chat y --max-new-tokens 5",
         "serve y --revision abc --port 1",
         "data check rows.json --processor y --media-root m --max-length 9",
+        "feedback export store out --share 0.5 --liked",
+        "feedback delete store abc",
         "tiny build-bases --only clip --out c --work w --seed 1",
         "tiny world w --seed 1 --images 2 --test 3 --workers 1",
         "tiny examples w --seed 1",

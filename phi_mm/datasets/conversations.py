@@ -34,11 +34,12 @@ def to_messages(row: dict, place: Callable[[Medium], str]) -> list[Message]:
         row: `conversations` of `{from, value}` (haotian-liu/LLaVA) or `messages` of `{role,
             content}`, where content is a string or a list of parts (Hugging Face); media beside
             them in `image`/`images`/`audio`/`audios`: a path, `{bytes, path}`, or a list of these.
+            An assistant's turn with `"weight": 0` is read and not learnt.
         place: says where a medium is to be found, as an absolute path or URL.
 
     Returns:
         `[{"role", "content": [{"type", <type>: payload}]}]`, the payload being the text or the
-        place of the medium.
+        place of the medium; with `"weight": 0` where it was given.
 
     Raises:
         ValueError: saying what is wrong with the row.
@@ -56,7 +57,7 @@ def to_messages(row: dict, place: Callable[[Medium], str]) -> list[Message]:
             if kind in MEDIA and part[kind] is None:
                 needed[kind] += 1
                 part[kind] = waiting[kind].pop(0) if waiting[kind] else None
-        messages.append({"role": role, "content": parts})
+        messages.append({"role": role, "content": parts, **_weight(turn, role)})
     for kind, count in needed.items():
         if count != len(media[kind]):
             raise ValueError(
@@ -118,6 +119,17 @@ def _role_and_content(turn: dict) -> tuple[str, Any]:
     if isinstance(content, (str, list)):
         return ROLES[name], content
     raise ValueError(f"got content {content!r:.80}, expected a string or a list of parts")
+
+
+def _weight(turn: dict, role: str) -> dict[str, int]:
+    weight = turn.get("weight")
+    if weight in (None, 1):
+        return {}
+    if weight != 0 or role != "assistant":
+        raise ValueError(
+            f"got the weight {weight!r} in the {role}'s turn, expected 0 or 1 in an assistant's"
+        )
+    return {"weight": 0}
 
 
 def _parts(content: str | list, markers: bool) -> list[dict]:

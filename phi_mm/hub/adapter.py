@@ -7,49 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
-
 from phi_mm.checkout import LICENSE
 from phi_mm.hub.card import write_adapter_card
-from phi_mm.hub.destination import told
 from phi_mm.hub.export import check_paths, drop_origin
 from phi_mm.hub.folder import ADAPTER_CONFIG
 from phi_mm.recipes import Recipe, load_recipe
 from processing import PhiMMProcessor
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-def check_base(base: str) -> bool:
-    """Asks the Hub whether `base` is a model of phi-mm; says whether it is private.
-
-    Raises:
-        ValueError: a local folder, no such repository, or a model of another type.
-    """
-    if Path(base).exists():
-        raise ValueError(
-            f"got the local folder {base} as --base, expected a repository of the Hub that others "
-            f"have too: phi-mm push {base} --repo NAME first"
-        )
-    validate_repo_id(base)
-    try:
-        with told(f"cannot read {base}"):
-            private = HfApi().model_info(base).private
-            config = json.loads(Path(hf_hub_download(base, "config.json")).read_text("utf-8"))
-    except ValueError as error:
-        if isinstance(error.__cause__, RepositoryNotFoundError | EntryNotFoundError):
-            raise ValueError(
-                f"got --base {base}, expected a model that phi-mm push made: the Hub has none of "
-                "that name, or the access token may not see it"
-            ) from error
-        raise
-    if config.get("model_type") != "phi_mm":
-        raise ValueError(
-            f"got --base {base} of model type {config.get('model_type')!r}, expected 'phi_mm'"
-        )
-    return private
 
 
 def lora_recipe(run: Path) -> Recipe:

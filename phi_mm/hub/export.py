@@ -56,21 +56,29 @@ def export(run: Path, out: Path, metrics: Path | None = None) -> list[Answered]:
 
 
 @contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
+def written_whole(out: Path, replace: bool = False) -> Iterator[Path]:
     """A hidden folder beside `out` that gets its name at the very end.
 
     So what is called `out` is complete and has been verified; a failure leaves nothing.
 
+    Args:
+        out: the folder.
+        replace: put it in the place of one that exists.
+
     Raises:
-        ValueError: `out` exists.
+        ValueError: `out` exists, and is not to be replaced.
     """
-    if out.exists():
+    if out.exists() and not replace:
         raise ValueError(f"got {out}, which exists: delete it, or give another folder")
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # an earlier attempt that was killed
+    part, old = (out.with_name(f".{out.name}.{kind}") for kind in ("part", "old"))
+    for left in (part, old):  # by an earlier attempt that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         yield part
+        if out.exists():
+            out.rename(old)
         part.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -8,7 +8,7 @@ into the environment of the process that verifies, and is never written.
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +23,8 @@ from huggingface_hub import (
 )
 
 from phi_mm.assembly import load_run
-from phi_mm.hub.adapter import check_base, lora_recipe, write_adapter
-from phi_mm.hub.destination import check_destination, told
+from phi_mm.hub.adapter import lora_recipe, write_adapter
+from phi_mm.hub.destination import check_destination, find_model, told
 from phi_mm.hub.folder import check_folder, is_published
 from phi_mm.hub.probes import Probe, make_probes
 from phi_mm.hub.verify import TOLERANCE, Source, ask_fresh, compare
@@ -99,7 +99,7 @@ def push_adapter(run: Path, destination: Destination, base: str) -> Pushed:
     """
     recipe = lora_recipe(run)
     destination = _checked(destination)
-    private = check_base(base)
+    private = find_model(base, "--base").private
     model, processor = load_run(run, merge=True)
     model = model.cpu()  # where the fresh process computes too
     with tempfile.TemporaryDirectory(prefix="phi-mm-push-") as work:
@@ -178,27 +178,37 @@ def upload(folder: Path, destination: Destination) -> tuple[str, bool]:
 
 
 def commit_folder(
-    folder: Path, names: list[str], repo: str, branch: str, message: str
+    folder: Path,
+    names: list[str],
+    repo: str,
+    branch: str,
+    message: str,
+    kind: str = "model",
+    ours: Callable[[str], bool] = is_published,
 ) -> CommitInfo:
     """One commit after which the branch has these files and none of an earlier push besides.
 
     Args:
         folder: holds the files.
-        names: as `check_folder` gives them.
+        names: of the files.
         repo: an existing repository.
         branch: made where there is none.
         message: of the commit.
+        kind: "model" or "space".
+        ours: whether an earlier push may have left a file of this name.
     """
     api = HfApi()
     if branch != MAIN:
-        api.create_branch(repo, branch=branch, exist_ok=True)
-    there = api.list_repo_files(repo, revision=branch)
-    stale = [name for name in there if is_published(name) and name not in names]
+        api.create_branch(repo, branch=branch, repo_type=kind, exist_ok=True)
+    there = api.list_repo_files(repo, revision=branch, repo_type=kind)
+    stale = [name for name in there if ours(name) and name not in names]
     operations = [
         *(CommitOperationAdd(name, str(folder / name)) for name in names),
         *(CommitOperationDelete(name) for name in stale),
     ]
-    return api.create_commit(repo, operations, commit_message=message, revision=branch)
+    return api.create_commit(
+        repo, operations, commit_message=message, revision=branch, repo_type=kind
+    )
 
 
 def _linked(folder: Path, copy: Path) -> Path:

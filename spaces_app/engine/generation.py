@@ -1,6 +1,7 @@
-"""One answer: reading the prompt, going on from what is in memory, token after token."""
+"""Answers: reading the prompt, going on from what is in memory, token after token."""
 
 import contextlib
+import itertools
 import threading
 import time
 import uuid
@@ -9,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .decoding import SideBySide, attend_side_by_side
 from .media import MediaLimits
 from .prefix import PrefixStore
-from .prompt import PromptReader
+from .prompt import Prompt, PromptReader
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a part of a character's bytes decodes to
 
@@ -98,6 +99,7 @@ class Answer:
         return (len(self.token_ids) - 1) / max(self.total_seconds - self.first_token_seconds, 1e-9)
 
 
+NOTHING_SAID = Answer("", [], "stopped", 0, 0, 0, 0.0, 0.0, 0.0)
 Event = Waiting | Begun | Heard | Text | Answer
 
 
@@ -125,8 +127,79 @@ class Ending:
         return "stopped" if self.stop.is_set() else "timeout"
 
 
+class Sequence:
+    """An answer that is being given: what was computed for it, and its tokens so far.
+
+    Args:
+        request: what is answered.
+        emit: is called with what was heard and with the text as it grows.
+        ending: when to end it early.
+    """
+
+    def __init__(self, request: Request, emit: Callable[[Event], None], ending: Ending):
+        self.request, self.emit, self.ending = request, emit, ending
+        self.begun = time.monotonic()
+        self.media_seconds = self.first_token_seconds = 0.0
+        self.text = ""
+        self.ids: list[int] = []
+        self.answer: Answer | None = None  # when it has come to its end
+
+    def read(self, prompt: Prompt, cache: Cache, reused: int, limit: int) -> None:
+        """Notes what the model is given.
+
+        Args:
+            prompt: what the request is for the model.
+            cache: of the first `reused` positions of the prompt; all that is computed goes into it.
+            limit: most tokens of the answer.
+        """
+        self.prompt, self.cache, self.reused, self.limit = prompt, cache, reused, limit
+        self.media_seconds = time.monotonic() - self.begun
+        if prompt.heard:
+            self.emit(Heard(prompt.heard))
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """The next token, by the artefact's generation config and the request.
+
+        Args:
+            logits: (1, V) behind the last token.
+        """
+        ids = torch.cat([self.prompt.ids, torch.tensor([self.ids], dtype=torch.long)], dim=1)
+        scores = self.processors(ids.to(logits.device), logits.float())
+        if self.request.temperature:
+            return torch.multinomial(scores.softmax(dim=-1), num_samples=1).item()
+        return scores.argmax(dim=-1).item()
+
+    def add(self, token: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Goes on by a token; emits the whole text when that completes a character.
+
+        The whole and not the new part of it: what a token adds depends on the tokens before it, and
+        a byte-level token may be a third of a character.
+        """
+        if not self.ids:
+            self.first_token_seconds = time.monotonic() - self.begun
+        self.ids.append(token)
+        before = self.text.rstrip(UNFINISHED)
+        self.text = tokenizer.decode(self.ids, skip_special_tokens=True)
+        if (shown := self.text.rstrip(UNFINISHED)) != before:
+            self.emit(Text(shown.lstrip()))
+
+    def end(self, ended: str) -> None:
+        """Makes the answer of what there is."""
+        self.answer = Answer(
+            text=self.text.strip(),
+            token_ids=self.ids,
+            ended=ended,
+            prompt_tokens=self.prompt.ids.shape[1],
+            reused_tokens=self.reused,
+            encoded_media=self.prompt.encoded,
+            media_seconds=self.media_seconds,
+            first_token_seconds=self.first_token_seconds,
+            total_seconds=time.monotonic() - self.begun,
+        )
+
+
 class Generator:
-    """Answers requests, one at a time, with one model.
+    """Answers requests with one model, one or several side by side.
 
     Args:
         model, processor: of the artefact, in eval mode.
@@ -152,47 +225,41 @@ class Generator:
         self.about, self.precision, self.name = about, precision, name
         self.reader = PromptReader(model, processor, media_budget, limits or MediaLimits())
         self.prefixes = PrefixStore(model.config, prefix_budget)
+        attend_side_by_side(model)
 
     def answer(self, request: Request, emit: Callable[[Event], None], ending: Ending) -> Answer:
-        """Answers; `emit` is called with what was heard and with the text as it grows.
+        """Answers one request from its beginning to its end; raises as `begin`."""
+        sequence = self.begin(request, emit, ending)
+        while sequence.answer is None:
+            self.step([sequence])
+        return sequence.answer
+
+    def begin(self, request: Request, emit: Callable[[Event], None], ending: Ending) -> Sequence:
+        """An answer with its first token; it may have come to its end with that.
 
         Raises:
             ValueError: the request cannot be answered; nothing was computed for its text.
             Interrupted: `ending` was reached before the first token.
         """
-        begun = time.monotonic()
-        with _interruptible(self.model, ending) as release:
+        sequence = Sequence(request, emit, ending)
+        with _interruptible(self.model, ending):
             prompt = self.reader.read(request.messages)
-            media_seconds = time.monotonic() - begun
-            if prompt.heard:
-                emit(Heard(prompt.heard))
-            cache, reused = self.prefixes.take(request.conversation, prompt)
-            streamer = _TextSoFar(self.processor.tokenizer, emit, on_first_token=release)
-            length = prompt.ids.shape[1]
-            limit = min(request.max_new_tokens, self.reader.context - length)
-            inputs = {"input_ids": prompt.ids, **prompt.inputs_after(reused)}
-            ids = self.model.generate(
-                **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
-                attention_mask=torch.ones_like(prompt.ids, device=self.model.device),
-                past_key_values=cache,
-                max_new_tokens=limit,
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([_StopAt(ending)]),
-                **_sampling(request.temperature),
-            )
-        new = ids[0, length:].tolist()
-        self.prefixes.keep(request.conversation, prompt, new, cache)
-        return Answer(
-            text=streamer.text.strip(),
-            token_ids=new,
-            ended=self._ended(new, limit, ending),
-            prompt_tokens=length,
-            reused_tokens=reused,
-            encoded_media=prompt.encoded,
-            media_seconds=media_seconds,
-            first_token_seconds=streamer.first_token_at - begun,
-            total_seconds=time.monotonic() - begun,
-        )
+            limit = min(request.max_new_tokens, self.reader.context - prompt.ids.shape[1])
+            sequence.read(prompt, *self.prefixes.take(request.conversation, prompt), limit)
+            logits = self._read_prompt(sequence)
+        self._go_on(sequence, logits)
+        return sequence
+
+    @torch.no_grad()
+    def step(self, sequences: list[Sequence]) -> None:
+        """One more token for each of several answers that have not come to their end."""
+        by_regime = itertools.groupby(
+            sorted(sequences, key=self._is_long), key=self._is_long
+        )  # one pass turns all its positions in one way
+        for _, some in by_regime:
+            together = list(some)
+            for sequence, logits in zip(together, self._next_logits(together), strict=True):
+                self._go_on(sequence, logits)
 
     def forget(self, conversation: str) -> None:
         """Frees what is kept of a conversation."""
@@ -203,61 +270,77 @@ class Generator:
         self.prefixes.kept.clear()
         self.reader.features.clear()
 
-    def _ended(self, new: list[int], limit: int, ending: Ending) -> str:
+    def _read_prompt(self, sequence: Sequence) -> torch.Tensor:
+        """Computes what is new in the prompt; returns logits (1, V) behind it.
+
+        `generate` prepares it: it projects the media and makes what chooses the tokens.
+        """
+        prompt, request = sequence.prompt, sequence.request
+
+        def first_pass(model, input_ids, logits_processor, **prepared) -> torch.Tensor:
+            sequence.processors = logits_processor
+            sequence.modalities = prepared.get("modality_mask")
+            for made_for_generation in ("stopping_criteria", "generation_config"):
+                del prepared[made_for_generation]
+            new = input_ids.shape[1] - sequence.reused
+            inputs = model.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=new, is_first_iteration=True, **prepared
+            )
+            return model(**inputs).logits[:, -1]
+
+        inputs = {"input_ids": prompt.ids, **prompt.inputs_after(sequence.reused)}
+        chance = {"temperature": request.temperature} if request.temperature else {}
+        return self.model.generate(
+            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
+            attention_mask=torch.ones_like(prompt.ids, device=self.model.device),
+            past_key_values=sequence.cache,
+            max_new_tokens=sequence.limit,
+            do_sample=bool(chance),
+            **chance,
+            custom_generate=first_pass,
+        )
+
+    def _next_logits(self, sequences: list[Sequence]) -> tuple[torch.Tensor, ...]:
+        """(1, V) behind the last token of each."""
+        device = self.model.device
+        modalities = [s.modalities for s in sequences if s.modalities is not None]
+        logits = self.model(
+            input_ids=torch.tensor([s.ids[-1:] for s in sequences], device=device),
+            position_ids=torch.tensor(
+                [[s.cache.get_seq_length()] for s in sequences], device=device
+            ),
+            past_key_values=SideBySide([s.cache for s in sequences]),
+            attention_mask=torch.ones(1, 1, 1, 1, device=device),  # nothing is hidden
+            modality_mask=torch.cat(modalities) if modalities else None,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1].split(1)
+
+    def _go_on(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        """Adds the next token; notes when that was the last one."""
+        sequence.add(sequence.choose(logits), self.processor.tokenizer)
         ends = self.model.generation_config.eos_token_id
-        if new[-1] in (ends if isinstance(ends, list) else [ends]):
-            return "finished"
-        return "length" if len(new) == limit else ending.reason
+        if sequence.ids[-1] in (ends if isinstance(ends, list) else [ends]):
+            self._end(sequence, "finished")
+        elif len(sequence.ids) == sequence.limit:
+            self._end(sequence, "length")
+        elif sequence.ending.reached():
+            self._end(sequence, sequence.ending.reason)
 
+    def _end(self, sequence: Sequence, ended: str) -> None:
+        sequence.end(ended)
+        conversation = sequence.request.conversation
+        self.prefixes.keep(conversation, sequence.prompt, sequence.ids, sequence.cache)
 
-def _sampling(temperature: float) -> dict[str, Any]:
-    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-
-
-class _TextSoFar(BaseStreamer):
-    """Emits the whole text after each token that completes a character.
-
-    The whole and not the new part of it: what a token adds depends on the tokens before it, and
-    a byte-level token may be a third of a character.
-    """
-
-    def __init__(self, tokenizer, emit: Callable[[Event], None], on_first_token: Callable):
-        self.tokenizer, self.emit, self.on_first_token = tokenizer, emit, on_first_token
-        self.text = ""
-        self.first_token_at = 0.0
-        self._ids: list[int] | None = None
-
-    def put(self, value: torch.LongTensor) -> None:
-        if self._ids is None:  # the prompt comes first
-            self._ids = []
-            return
-        if not self._ids:
-            self.first_token_at = time.monotonic()
-            self.on_first_token()
-        self._ids += value.flatten().tolist()
-        before = self.text.rstrip(UNFINISHED)
-        self.text = self.tokenizer.decode(self._ids, skip_special_tokens=True)
-        if (shown := self.text.rstrip(UNFINISHED)) != before:
-            self.emit(Text(shown.lstrip()))
-
-    def end(self) -> None:
-        pass
-
-
-class _StopAt(StoppingCriteria):
-    """Ends generation after the token that is being computed."""
-
-    def __init__(self, ending: Ending):
-        self.ending = ending
-
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.ending.reached(), device=input_ids.device)
+    def _is_long(self, sequence: Sequence) -> bool:
+        return self.prefixes.is_long(sequence.cache.get_seq_length() + 1)
 
 
 @contextlib.contextmanager
-def _interruptible(model: PreTrainedModel, ending: Ending) -> Iterator[Callable[[], None]]:
-    """Lets `ending` interrupt towers and prefill between two layers, until the function that is
-    given is called. Once tokens come they are the better place to stop: nothing is lost then.
+def _interruptible(model: PreTrainedModel, ending: Ending) -> Iterator[None]:
+    """Lets `ending` interrupt towers and prefill between two layers. Once tokens come they are the
+    better place to stop: nothing is lost then.
     """
 
     def check(module, inputs):
@@ -268,12 +351,8 @@ def _interruptible(model: PreTrainedModel, ending: Ending) -> Iterator[Callable[
         module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
     ]
     hooks = [layer.register_forward_pre_hook(check) for layer in layers]
-
-    def release() -> None:
-        while hooks:
-            hooks.pop().remove()
-
     try:
-        yield release
+        yield
     finally:
-        release()
+        for hook in hooks:
+            hook.remove()

@@ -8,8 +8,9 @@ what is shared.
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig
 
+from .decoding import new_cache
 from .prompt import Prompt
 from .store import BoundedStore
 
@@ -20,7 +21,7 @@ class Prefix:
 
     keys: list[Hashable]
     regime: Hashable
-    cache: DynamicCache
+    cache: Cache
 
 
 class PrefixStore:
@@ -30,24 +31,24 @@ class PrefixStore:
         self.config = config
         self.kept: BoundedStore[Prefix] = BoundedStore(budget)
 
-    def take(self, conversation: str, prompt: Prompt) -> tuple[DynamicCache, int]:
+    def take(self, conversation: str, prompt: Prompt) -> tuple[Cache, int]:
         """A cache to go on with, and how many positions of the prompt are in it.
 
         It is no longer in the store: generating changes it.
         """
         prefix = self.kept.pop(conversation)
         if prefix is None or prefix.regime != self._regime(prompt):
-            return DynamicCache(), 0
+            return new_cache(), 0
         shared = common_prefix(prefix.keys, prompt.keys)
         if shared == 0:
-            return DynamicCache(), 0
+            return new_cache(), 0
         prefix.cache.crop(shared - prefix.cache.get_seq_length())
         return prefix.cache, shared
 
-    def keep(self, conversation: str, prompt: Prompt, new: list[int], cache: DynamicCache) -> None:
+    def keep(self, conversation: str, prompt: Prompt, new: list[int], cache: Cache) -> None:
         """Keeps what was computed for a prompt and the tokens generated after it."""
         keys = [*prompt.keys, *new][: cache.get_seq_length()]
-        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        size = sum(layer.trim() for layer in cache.layers)
         self.kept.put(conversation, Prefix(keys, self._regime(prompt), cache), size)
 
     def _regime(self, prompt: Prompt) -> Hashable:
@@ -55,11 +56,14 @@ class PrefixStore:
         prompt by what stands in it, and long RoPE turns all positions otherwise beyond a length.
         """
         adapters = frozenset(getattr(self.config, "modality_adapters", None) or ())
+        return adapters & prompt.modalities, self.is_long(len(prompt.keys))
+
+    def is_long(self, positions: int) -> bool:
+        """Whether a pass that reaches so many positions turns all of its own the long way."""
         rope = self.config.text_config.rope_parameters
-        long = False
-        if rope["rope_type"] == "longrope":
-            long = len(prompt.keys) > rope["original_max_position_embeddings"]
-        return adapters & prompt.modalities, long
+        if rope["rope_type"] != "longrope":
+            return False
+        return positions > rope["original_max_position_embeddings"]
 
 
 def common_prefix(old: list[Hashable], new: list[Hashable]) -> int:

@@ -1,4 +1,5 @@
-"""The engine: one thread that loads the model and answers, and streams for those who ask.
+"""The engine: one thread that loads the model and answers, several side by side, and streams for
+those who ask.
 
 Requests come from an event loop; only the engine's own thread touches the model.
 """
@@ -15,12 +16,23 @@ from dataclasses import dataclass, field
 from records.entry import Entry
 from records.journal import Journal
 
-from .generation import Answer, Begun, Ending, Event, Generator, Interrupted, Request, Waiting
+from .generation import (
+    NOTHING_SAID,
+    Answer,
+    Begun,
+    Ending,
+    Event,
+    Generator,
+    Interrupted,
+    Request,
+    Sequence,
+    Waiting,
+)
 from .turns import Turns
-from .zero import LentGenerator
+from .zero import LentGenerator, Loan
 
 log = logging.getLogger(__name__)
-NOTHING_SAID = Answer("", [], "stopped", 0, 0, 0, 0.0, 0.0, 0.0)
+IDLE_SECONDS = 0.5  # between two looks at whether the engine is to be closed
 
 
 @dataclass(frozen=True)
@@ -29,11 +41,13 @@ class Limits:
 
     Attributes:
         waiting: requests that may wait.
+        together: requests that are answered side by side, each of another conversation.
         wait_seconds: longest time to wait; a request that waited longer is turned away.
         answer_seconds: longest time to work on one; an answer ends there.
     """
 
     waiting: int = 32
+    together: int = 8
     wait_seconds: float = 300.0
     answer_seconds: float = 180.0
 
@@ -54,13 +68,14 @@ class NoAnswer(ValueError):
 @dataclass(eq=False)
 class _Ticket:
     """A request on its way, how to tell the one who asked, and the context of the asking, in which
-    ZeroGPU looks for the user whose quota it takes.
+    ZeroGPU looks for the user whose quota it takes; `answering` is there once it is begun.
     """
 
     request: Request
     tell: Callable[[Event | Exception], None]
     stop: threading.Event = field(default_factory=threading.Event)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    answering: Sequence | Loan | None = None
 
 
 class Engine:
@@ -83,7 +98,7 @@ class Engine:
         self.failure: NoAnswer | None = None  # why the model could not be loaded
         self._turns: Turns[_Ticket] = Turns(limits.waiting)
         self._open: set[_Ticket] = set()  # of all who listen
-        self._answering = False
+        self._begun: list[_Ticket] = []
         self._forgotten: set[str] = set()
         self._closed = threading.Event()
         self._loaded = threading.Event()
@@ -130,8 +145,8 @@ class Engine:
         return len(self._turns)
 
     @property
-    def answering(self) -> bool:
-        return self._answering
+    def answering(self) -> int:
+        return len(self._begun)
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         """Queues a request and yields what happens to it, an `Answer` last; its record is written
@@ -210,7 +225,7 @@ class Engine:
         self._tell_places()
 
     def forget(self, conversation: str) -> None:
-        """Frees what is kept of a conversation, before the next answer is begun."""
+        """Frees what is kept of a conversation, when its answer under way has ended."""
         self._forgotten.add(conversation)
 
     def _refuse_if_waiting(self, ticket: _Ticket) -> None:
@@ -238,23 +253,53 @@ class Engine:
                 ticket.tell(self.failure)
             return
         while not self._closed.is_set():
-            ticket = self._turns.take(timeout=0.5)
-            while self._forgotten:
-                self.generator.forget(self._forgotten.pop())
-            if ticket is not None:
-                self._tell_places()
-                self._answering = True
-                ticket.tell(Begun(time.monotonic()))
-                ticket.tell(ticket.context.run(self._outcome, ticket))
-                self._answering = False
+            self._begin_next()
+            self._go_on()
 
-    def _outcome(self, ticket: _Ticket) -> Answer | Exception:
+    def _begin_next(self) -> None:
+        """Begins with the next request, when there is room for one more: no more than one, so that
+        those who are being answered do not wait for many prompts to be read.
+        """
+        busy = {ticket.request.conversation for ticket in self._begun}
+        for conversation in self._forgotten - busy:
+            self.generator.forget(conversation)
+            self._forgotten.discard(conversation)
+        if len(self._begun) >= self.limits.together:
+            return
+        ticket = self._turns.take(0 if busy else IDLE_SECONDS, busy)
+        if ticket is None:
+            return
+        self._tell_places()
+        ticket.tell(Begun(time.monotonic()))
         ending = Ending(ticket.stop, time.monotonic() + self.limits.answer_seconds)
+        asked = ticket.request, ticket.tell, ending
         try:
-            return self.generator.answer(ticket.request, ticket.tell, ending)
-        except ValueError as error:  # by the house rule, what is wrong with the request
+            ticket.answering = ticket.context.run(self.generator.begin, *asked)
+        except Exception as error:
+            ticket.tell(self._outcome(ticket, error))
+        else:
+            self._begun.append(ticket)
+
+    def _go_on(self) -> None:
+        """Tells the answers that have come to their end, and gives the others their next token."""
+        for ticket in list(self._begun):
+            if ticket.answering.answer is not None:
+                self._begun.remove(ticket)
+                ticket.tell(ticket.answering.answer)
+        if not self._begun:
+            return
+        try:
+            self.generator.step([ticket.answering for ticket in self._begun])
+        except Exception as error:
+            failed, self._begun = self._begun, []
+            for ticket in failed:
+                ticket.tell(self._outcome(ticket, error))
+
+    def _outcome(self, ticket: _Ticket, error: Exception) -> Answer | Exception:
+        """What is told of a request that did not come to an answer."""
+        if isinstance(error, ValueError):  # by the house rule, what is wrong with the request
             return error
-        except Interrupted as error:
+        if isinstance(error, Interrupted):
             if ticket.stop.is_set():
                 return NOTHING_SAID
             return NoAnswer(
@@ -263,12 +308,11 @@ class Engine:
                 "timeout",
                 error,
             )
-        except Exception as error:
-            log.exception("a request failed")
-            self.generator.free()
-            return NoAnswer(
-                f"the model failed on this question ({type(error).__name__}): ask again, or clear "
-                "the conversation",
-                "failed",
-                error,
-            )
+        log.error("a request failed", exc_info=error)
+        self.generator.free()
+        return NoAnswer(
+            f"the model failed on this question ({type(error).__name__}): ask again, or clear "
+            "the conversation",
+            "failed",
+            error,
+        )

@@ -4,6 +4,7 @@ second question.
 
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Container
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -40,16 +41,20 @@ class Turns(Generic[Item]):
             self._waiting.setdefault(conversation, deque()).append(item)
             self._changed.notify()
 
-    def take(self, timeout: float) -> Item | None:
+    def take(self, timeout: float, busy: Container[str] = ()) -> Item | None:
         """The next item, as soon as there is one; None when there was none for `timeout` seconds.
 
-        Its conversation goes to the end of the line.
+        Its conversation goes to the end of the line. Conversations in `busy` are passed over.
         """
+
+        def next_one() -> str | None:
+            return next((name for name in self._waiting if name not in busy), None)
+
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting, timeout)
-            if not self._waiting:
+            conversation = self._changed.wait_for(next_one, timeout)
+            if conversation is None:
                 return None
-            conversation, items = self._waiting.popitem(last=False)
+            items = self._waiting.pop(conversation)
             item = items.popleft()
             if items:
                 self._waiting[conversation] = items

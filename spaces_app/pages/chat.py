@@ -12,18 +12,14 @@ from gradio.route_utils import API_PREFIX
 from gradio.utils import get_upload_folder, is_in_or_equal
 from gradio_client.utils import is_http_url_like
 
-from .conversation import Conversation
+from .conversation import Conversation, Turn
+from .rating import THUMBS, RatingForm
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 KEEP_FILES = 3600  # seconds that uploaded pictures and recordings stay on the disk
 POLL_SECONDS = 1.0  # while the model is being loaded
 TITLE = "phi-mm"
 ABOUT = "# phi-mm\nA language model that also sees and hears. It may be wrong."
-CSS = """
-footer {opacity: 0.7}
-#question textarea {font-size: 1rem}
-@media (max-width: 640px) {#talk {height: 55vh !important}}
-"""
 
 
 class ChatPage:
@@ -35,26 +31,24 @@ class ChatPage:
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self.stored = engine.journal.store is not None
+        self.rating = RatingForm(engine.journal)
 
     def build(self) -> gr.Blocks:
         with gr.Blocks(title=TITLE, delete_cache=(KEEP_FILES, KEEP_FILES)) as blocks:
-            gr.Markdown(ABOUT)
+            gr.Markdown(ABOUT, elem_id="about")
             self._build_state(blocks)
             # Each visitor's own; changed in place, so that an answer that breaks off is in it too.
             self.conversation = gr.State(Conversation(), delete_callback=self._drop)
-            self.talk = gr.Chatbot(
-                label="Conversation",
-                elem_id="talk",
-                height="60vh",
-                editable="user",
-                group_consecutive_messages=False,  # or gradio 6.31 edits the first, a picture
-                buttons=["copy", "copy_all"],
-                feedback_options=None,
-                allow_tags=False,
-                placeholder="Show a picture, say something, or type a question.",
-            )
-            self._build_fields()
-            self._build_examples()
+            with gr.Row():
+                with gr.Column(scale=3, min_width=320):
+                    self._build_talk()
+                    examples = gr.Column()
+                with gr.Column(scale=1, min_width=280):
+                    self._build_media()
+                    self._build_settings()
+            with examples:  # they fill fields that are built by now
+                self._build_examples()
             self._connect()
             self._build_api()
         return blocks.queue(default_concurrency_limit=None)
@@ -74,60 +68,77 @@ class ChatPage:
             api_visibility="private",
         )
 
-    def _build_fields(self) -> None:
+    def _build_talk(self) -> None:
+        self.talk = gr.Chatbot(
+            label="Conversation",
+            show_label=False,  # it would lie on the messages
+            elem_id="talk",
+            editable="user",
+            group_consecutive_messages=False,  # or gradio 6.31 edits the first, a picture
+            buttons=["copy", "copy_all"],
+            feedback_options=THUMBS if self.stored else None,
+            allow_tags=False,
+            placeholder="Show a picture, say something, or type a question.",
+        )
+        self.rating.build()
+        self.text = gr.Textbox(
+            label="Question",
+            placeholder="What is in the picture?",
+            max_lines=8,
+            elem_id="question",
+            submit_btn=False,
+        )
         with gr.Row():
-            with gr.Column(scale=2, min_width=280):
-                self.text = gr.Textbox(
-                    label="Question",
-                    placeholder="What is in the picture?",
-                    max_lines=8,
-                    elem_id="question",
-                    submit_btn=False,
-                )
-                with gr.Row():
-                    self.send = gr.Button("Send", variant="primary", min_width=80)
-                    self.stop = gr.Button("Stop", variant="stop", min_width=80)
-                    self.clear = gr.Button("Clear", min_width=80)
-                with gr.Accordion("Settings", open=False):
-                    self.temperature = gr.Slider(
-                        0.0,
-                        1.5,
-                        value=0.0,
-                        step=0.1,
-                        label="Temperature",
-                        info="0 gives the likeliest words, more leaves more to chance",
-                    )
-                    self.length = gr.Slider(
-                        16, 512, value=256, step=16, label="Longest answer", info="in tokens"
-                    )
-                stored = self.engine.journal.store is not None
-                self.keep = gr.Checkbox(
-                    False,
-                    label="The owner may keep what I ask and show, and the answers",
-                    info="Otherwise only numbers are kept: times, lengths, what went wrong.",
-                    visible=stored,
-                    elem_id="keep",
-                )
-                self.delete = gr.Button(
-                    "Delete this conversation and what is kept of it", size="sm", visible=stored
-                )
-            with gr.Column(scale=1, min_width=220):
-                self.image = gr.Image(
-                    label="Picture",
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard", "webcam"],
-                    height=220,
-                )
-                # An instance's own: gradio writes a .pyi file beside every subclass.
-                self.image.preprocess = _as_it_came
-            with gr.Column(scale=1, min_width=220):
-                self.audio = gr.Audio(
-                    label="Recording", type="filepath", sources=["upload", "microphone"]
-                )
-            for field in (self.image, self.audio):
-                move = field.async_move_resource_to_block_cache
-                field.async_move_resource_to_block_cache = partial(_uploaded, move)
+            self.send = gr.Button("Send", variant="primary", min_width=80)
+            self.stop = gr.Button("Stop", variant="stop", min_width=80)
+            self.clear = gr.Button("Clear", min_width=80)
+
+    def _build_media(self) -> None:
+        self.image = gr.Image(
+            label="Picture",
+            type="filepath",
+            image_mode=None,
+            sources=["upload", "clipboard", "webcam"],
+            height=200,
+            buttons=["download", "fullscreen"],
+            elem_id="picture",
+        )
+        # An instance's own: gradio writes a .pyi file beside every subclass.
+        self.image.preprocess = _as_it_came
+        self.audio = gr.Audio(
+            label="Recording",
+            type="filepath",
+            sources=["upload", "microphone"],
+            buttons=["download"],
+            elem_id="recording",
+        )
+        for field in (self.image, self.audio):
+            move = field.async_move_resource_to_block_cache
+            field.async_move_resource_to_block_cache = partial(_uploaded, move)
+
+    def _build_settings(self) -> None:
+        with gr.Accordion("Settings", open=False):
+            self.temperature = gr.Slider(
+                0.0,
+                1.5,
+                value=0.0,
+                step=0.1,
+                label="Temperature",
+                info="0 gives the likeliest words, more leaves more to chance",
+            )
+            self.length = gr.Slider(
+                16, 512, value=256, step=16, label="Longest answer", info="in tokens"
+            )
+        self.keep = gr.Checkbox(
+            False,
+            label="The owner may keep what I ask and show, and the answers",
+            info="Otherwise only numbers are kept: times, lengths, what went wrong.",
+            visible=self.stored,
+            elem_id="keep",
+        )
+        self.delete = gr.Button(
+            "Delete this conversation and what is kept of it", size="sm", visible=self.stored
+        )
 
     def _build_examples(self) -> None:
         def path(name: str) -> str | None:
@@ -139,6 +150,7 @@ class ChatPage:
             [[text, path(image), path(audio)] for text, image, audio in rows],
             [self.text, self.image, self.audio],
             label="Examples",
+            example_labels=[_named(*row) for row in rows],
             examples_per_page=len(rows),
         )
 
@@ -168,6 +180,9 @@ class ChatPage:
         self.delete.click(
             self._delete, self.conversation, [self.talk, *fields], queue=False, **private
         )
+        if self.stored:
+            cleared = [self.clear.click, self.talk.clear, self.delete.click]
+            self.rating.connect(self.talk, self.conversation, self.keep, cleared)
 
     async def _send(
         self, text, image, audio, length, temperature, keep, conversation: Conversation
@@ -187,7 +202,8 @@ class ChatPage:
         self, length, temperature, keep, conversation: Conversation, asked: gr.RetryData
     ) -> AsyncIterator[list]:
         self.engine.stop(conversation.name)
-        conversation.go_back(_place(asked.index))
+        conversation.go_back(asked.index)
+        yield gr.update(feedback_value=conversation.thumbs())
         async for _ in conversation.answer(self.engine, length, temperature, keep):
             yield conversation.shown()
 
@@ -195,8 +211,9 @@ class ChatPage:
         self, length, temperature, keep, conversation: Conversation, asked: gr.EditData
     ) -> AsyncIterator[list]:
         self.engine.stop(conversation.name)
-        conversation.go_back(_place(asked.index))
+        conversation.go_back(asked.index)
         conversation.turns[-1].text = asked.value
+        yield gr.update(feedback_value=conversation.thumbs())
         async for _ in conversation.answer(self.engine, length, temperature, keep):
             yield conversation.shown()
 
@@ -208,14 +225,16 @@ class ChatPage:
         return [], "", None, None
 
     async def _delete(self, conversation: Conversation) -> tuple:
-        cleared = self._clear(conversation)
         try:
-            await self.engine.journal.delete(conversation.name)
+            await self._delete_kept(conversation)
         except ValueError as error:
             gr.Warning(str(error))
-            return cleared
+        return [], "", None, None
+
+    async def _delete_kept(self, conversation: Conversation) -> None:
+        self._drop(conversation)
+        await self.engine.journal.delete(conversation.name)
         conversation.name = ""  # what is asked next is another conversation
-        return cleared
 
     def _drop(self, conversation: Conversation) -> None:
         conversation.turns.clear()
@@ -223,22 +242,20 @@ class ChatPage:
         self.engine.forget(conversation.name)
 
     def _build_api(self) -> None:
-        """Two endpoints for programs; gradio documents them by these functions' docstrings."""
+        """Endpoints for programs; gradio documents them by these functions' docstrings."""
         answer = gr.Textbox(label="answer", visible=False)
-        gr.Button(visible=False).click(
-            self.ask,
-            [self.text, self.image, self.audio, self.length, self.temperature, self.conversation],
-            answer,
-            api_name="ask",
-            show_progress="hidden",
-        )
-        gr.Button(visible=False).click(
-            self.forget,
-            self.conversation,
-            None,
-            api_name="forget",
-            show_progress="hidden",
-        )
+        rating = gr.Number(label="rating", visible=False)
+        talk, words = self.conversation, [self.rating.reason, self.rating.correction]
+        asked = [self.text, self.image, self.audio, self.length, self.temperature, talk, self.keep]
+        endpoints = [("ask", self.ask, asked, answer), ("forget", self.forget, talk, None)]
+        if self.stored:
+            rated = [rating, *words, self.keep, talk]
+            endpoints.append(("feedback", self.feedback, rated, None))
+            endpoints.append(("delete", self.delete_kept, talk, None))
+        for name, function, inputs, outputs in endpoints:
+            gr.Button(visible=False).click(
+                function, inputs, outputs, api_name=name, show_progress="hidden"
+            )
 
     async def ask(
         self,
@@ -248,6 +265,8 @@ class ChatPage:
         length: float = 256,
         temperature: float = 0.0,
         conversation: Conversation | None = None,
+        keep: bool = False,
+        request: gr.Request | None = None,
     ) -> AsyncIterator[str]:
         """Ask phi-mm about text, a picture, a recording, or all of them; the answer grows.
 
@@ -259,22 +278,61 @@ class ChatPage:
             audio: a recording to listen to.
             length: most tokens of the answer.
             temperature: 0 for the likeliest words.
+            keep: the owner may keep what is asked and shown, and the answer.
         """
-        conversation = conversation or Conversation()  # tools of the MCP endpoint have none
+        # All users of the MCP endpoint are one client, so there every question stands alone.
+        alone = request is not None and request.headers.get("x-gradio-user") == "mcp"
+        conversation = Conversation() if alone or conversation is None else conversation
         try:
             conversation.ask(text, image, audio)
-            async for turn in conversation.answer(self.engine, length, temperature):
+            async for turn in conversation.answer(self.engine, length, temperature, keep):
                 if turn.error:
                     conversation.turns.pop()
                     raise ValueError(turn.error)
                 yield turn.answer
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
+        finally:
+            if alone:
+                self._drop(conversation)
 
     def forget(self, conversation: Conversation | None = None) -> None:
         """Forget this client's conversation."""
         if conversation is not None:
             self._drop(conversation)
+
+    async def feedback(
+        self,
+        rating: int,
+        reason: str = "",
+        correction: str = "",
+        keep: bool = False,
+        conversation: Conversation | None = None,
+    ) -> None:
+        """Rate the last answer of this client's conversation.
+
+        Args:
+            rating: 1 for a good answer, -1 for a bad one, 0 to take a rating back.
+            reason: what was wrong.
+            correction: what the answer should have been.
+            keep: the owner may keep these words, and the whole conversation with them; must be set
+                when there are any.
+        """
+        conversation = conversation or Conversation()
+        try:
+            turn = conversation.turns[-1] if conversation.turns else Turn()
+            await self.rating.rate(conversation, turn, rating, reason, correction, keep)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    async def delete_kept(self, conversation: Conversation | None = None) -> None:
+        """Delete this client's conversation and all that is kept of it."""
+        if conversation is None:
+            return
+        try:
+            await self._delete_kept(conversation)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
 
 
 def _as_it_came(payload: ImageData | None) -> str | None:
@@ -289,6 +347,13 @@ def _as_it_came(payload: ImageData | None) -> str | None:
     return payload.path
 
 
+def _named(text: str, image: str, audio: str) -> str:
+    """What an example consists of."""
+    media = ["a picture"] if image else []
+    media += ["a spoken question"] if audio else []
+    return " + ".join([text, *media] if text else media)
+
+
 async def _uploaded(move: Callable, path: str | Path) -> str | None:
     """The uploaded file; an address is not fetched, unless it is that of an uploaded file."""
     if not is_http_url_like(str(path)):
@@ -297,8 +362,3 @@ async def _uploaded(move: Callable, path: str | Path) -> str | None:
     if not own or not is_in_or_equal(own, get_upload_folder()):
         raise gr.Error(f"got the address {path}, expected a file: upload it", print_exception=False)
     return await move(own)
-
-
-def _place(index: int | list[int]) -> int:
-    """Of a message; a message of several parts has the part's place behind its own."""
-    return index if isinstance(index, int) else index[0]

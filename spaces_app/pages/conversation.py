@@ -1,6 +1,7 @@
-"""A conversation: what was asked and answered, for the model and for the page."""
+"""A conversation: what was asked and answered, for the model, the page and the owner's store."""
 
 import math
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -11,6 +12,7 @@ from typing import Any
 from engine.generation import Answer, Begun, Event, Heard, Request, Text, Waiting
 from engine.media import UnusableFile
 from engine.service import Engine
+from records.record import Content, Feedback
 
 ENDED = {
     "length": "cut at the length that is set",
@@ -19,7 +21,7 @@ ENDED = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
     """One question and its answer.
 
@@ -31,6 +33,7 @@ class Turn:
         note: what is going on, and at the end what the answer took.
         error: why there is no answer; such a turn is shown, and not said to the model again.
         request: id of the request that asked for the answer.
+        rating: what the user thinks of it: 1, -1, or 0 for nothing.
     """
 
     text: str = ""
@@ -41,6 +44,7 @@ class Turn:
     note: str = "thinking ..."
     error: str = ""
     request: str = ""
+    rating: int = 0
 
     def question(self) -> list[dict[str, str]]:
         """The parts of the user's message."""
@@ -57,6 +61,11 @@ class Turn:
         said += [f"*{self.note}*"] if self.note else []
         questions = [{"role": "user", "content": part} for part in asked]
         return [*questions, {"role": "assistant", "content": said}]
+
+    def content(self) -> Content:
+        """For the owner's store, with the files that are still there."""
+        media = [path for path in (self.image, self.audio) if path and Path(path).is_file()]
+        return Content(self.text, self.answer, media)
 
     def take(self, event: Event) -> None:
         """Notes what the engine says."""
@@ -111,6 +120,7 @@ class Conversation:
 
     turns: list[Turn] = field(default_factory=list)
     name: str = ""
+    rated: Turn | None = None  # whose answer words are given about
 
     def ask(self, text: str | None, image: str | None, audio: str | None) -> None:
         """Adds a question.
@@ -125,16 +135,31 @@ class Conversation:
         self.name = self.name or uuid.uuid4().hex
         self.turns.append(Turn(text, image, audio))
 
-    def go_back(self, message: int) -> None:
+    def go_back(self, message: int | list[int]) -> None:
         """Forgets everything after a question.
 
         Args:
-            message: place of one of its messages in `shown()`.
+            message: place of one of its messages, as `turn_of` takes it.
         """
-        turns = [number for number, turn in enumerate(self.turns) for _ in turn.shown()]
-        asked = self.turns[turns[message]]
+        asked = self.turn_of(message)
+        place = self.turns.index(asked)
         # A new turn: the old one may still be written to.
-        self.turns[turns[message] :] = [Turn(asked.text, asked.image, asked.audio)]
+        self.turns[place:] = [Turn(asked.text, asked.image, asked.audio)]
+
+    def turn_of(self, message: int | list[int]) -> Turn:
+        """The turn that a message is a part of.
+
+        Args:
+            message: its place in `shown()`; a message of several parts has the part's behind it.
+
+        Raises:
+            ValueError: there is no such message any more.
+        """
+        place = message if isinstance(message, int) else message[0]
+        turns = [turn for turn in self.turns for _ in turn.shown()]
+        if not 0 <= place < len(turns):
+            raise ValueError("got a message that is gone: choose one that is shown")
+        return turns[place]
 
     async def answer(
         self, engine: Engine, max_new_tokens: int, temperature: float, keep: bool = False
@@ -158,6 +183,42 @@ class Conversation:
         except ValueError as error:
             turn.fail(error)
             yield turn
+
+    def feedback(
+        self, turn: Turn, rating: int, reason: str, correction: str, keep: bool
+    ) -> tuple[Feedback, dict[str, Content]]:
+        """What to write down of what the user thinks of an answer: it, and by request the contents
+        of the conversation up to there, without which words about its end say nothing.
+
+        Args:
+            turn: one of `turns`.
+            rating: 1, -1, or 0 to take it back.
+            reason, correction: what was wrong, and what it should have said; may be empty.
+            keep: the user allows the owner to keep words and contents.
+
+        Raises:
+            ValueError: there is no answer, no such rating, or words that may not be kept.
+        """
+        if not turn.answer:
+            raise ValueError("got no answer to rate: ask something first")
+        if rating not in (-1, 0, 1):
+            raise ValueError(f"got the rating {rating}, expected 1, -1, or 0 to take it back")
+        reason, correction = reason.strip() or None, correction.strip() or None
+        words = rating and (reason or correction)  # none go with a rating that is taken back
+        if words and not keep:
+            raise ValueError(
+                "got words that may not be kept: tick the box that lets the owner keep what you "
+                "ask and show (keep=True from a program), or send the rating alone"
+            )
+        given = Feedback(turn.request, self.name, time.time(), int(rating), reason, correction)
+        until = self.turns[: self.turns.index(turn) + 1] if words else []
+        return given, {asked.request: asked.content() for asked in until if asked.answer}
+
+    def thumbs(self) -> list[str | None]:
+        """The ratings as gradio shows them: one for each part of each answer."""
+        names = {1: "Like", -1: "Dislike", 0: None}
+        answers = [(turn, turn.shown()[-1]["content"]) for turn in self.turns]
+        return [names[turn.rating] for turn, parts in answers for _ in parts]
 
     def _request(self, max_new_tokens: float, temperature: float, keep: bool) -> Request:
         if not (math.isfinite(max_new_tokens) and math.isfinite(temperature)):

@@ -7,7 +7,7 @@ from typing import Protocol
 import psutil
 from engine.generation import Answer, Begun, Event, Request, Text
 
-from .store import Content, Record
+from .record import Content, Record
 
 
 class Answering(Protocol):

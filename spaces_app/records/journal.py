@@ -5,11 +5,12 @@ import json
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
-from .store import Content, Record, Store
+from .record import Content, Feedback, Record
+from .store import Store
 
 log = logging.getLogger("phi-mm")
 requests = logging.getLogger("phi-mm.requests")
@@ -23,6 +24,9 @@ class Journal:
     Args:
         store: takes the records; None for the console alone.
         watchers: are told of each record at once.
+
+    Attributes:
+        lost: records since the store failed, 0 while it works.
     """
 
     def __init__(self, store: Store | None = None, watchers: Sequence[Callable] = ()):
@@ -30,7 +34,7 @@ class Journal:
         self._deleted: set[str] = set()  # answers that were under way then write their record later
         self._pending = threading.BoundedSemaphore(MOST_PENDING)
         self._thread = ThreadPoolExecutor(1, "journal")
-        self._lost = 0  # records since the store failed
+        self.lost = 0
 
     async def write(self, record: Record, content: Content | None) -> None:
         """As `submit`; returns when the record is on the disk, could not be written, or the disk
@@ -69,6 +73,26 @@ class Journal:
                 f"the conversation's name, {conversation}"
             ) from None
 
+    async def rate(self, feedback: Feedback, contents: Mapping[str, Content]) -> None:
+        """Writes what a user thinks of an answer, as `Store.rate`.
+
+        Raises:
+            ValueError: it could not be written, or nothing is kept of the answer; says what to do.
+        """
+        if self.store is None:
+            raise ValueError("nothing is kept here, so answers cannot be rated")
+        try:
+            there = await asyncio.wrap_future(
+                self._thread.submit(self.store.rate, feedback, contents)
+            )
+        except (OSError, sqlite3.Error) as error:
+            log.error("feedback on request %s could not be stored: %s", feedback.request, error)
+            raise ValueError("your feedback could not be stored now: try again later") from None
+        if not there:
+            raise ValueError(
+                "nothing is kept of this answer any more: ask again, and rate the new one"
+            )
+
     def close(self) -> None:
         """Writes what is pending."""
         self._thread.shutdown()
@@ -82,14 +106,14 @@ class Journal:
         except (OSError, sqlite3.Error) as error:
             self._lose(f"{type(error).__name__}: {error}")
         else:
-            if self._lost:
-                log.warning("records are stored again; %d were not", self._lost)
-                self._lost = 0
+            if self.lost:
+                log.warning("records are stored again; %d were not", self.lost)
+                self.lost = 0
         finally:
             self._pending.release()
 
     def _lose(self, why: str) -> None:
         """Says so once, not for every request while a disk is full."""
-        if not self._lost:
+        if not self.lost:
             log.error("records are not stored in %s (%s); answers go on", self.store.folder, why)
-        self._lost += 1
+        self.lost += 1

@@ -3,85 +3,31 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, astuple
 from pathlib import Path
 
-BUSY_SECONDS = 1.0  # how long another program may hold the database
-TYPES = {str: "TEXT", int: "INTEGER", float: "REAL"}
-
-
-@dataclass
-class Record:
-    """One request, without anything that its user typed, showed or said.
-
-    Attributes:
-        id, conversation: of the request, and of the conversation that it is a turn of.
-        parent: id of the request that was the turn before; empty for a first turn.
-        time: when it was asked, in seconds since 1970.
-        outcome: "finished", "length", "stopped", "timeout", "refused" or "failed".
-        error: class of the error behind the last three; empty when an answer was cut.
-        precision, model: of the model, with its revision; empty while there is none.
-        resident_bytes: memory of the process when the request ended.
-        waited_seconds: in the queue.
-        media_seconds, first_token_seconds: since the answer was begun; 0 when none came to its end.
-        total_seconds: since it was asked.
-        prompt_tokens, reused_tokens, new_tokens: of a whole answer, 0 otherwise.
-        waiting: how many were in the queue when it was asked.
-        characters, images, recordings: of the question.
-        encoded_media: pictures and recordings that had to be looked at or heard now.
-    """
-
-    id: str
-    conversation: str
-    time: float
-    parent: str = ""
-    outcome: str = ""
-    error: str = ""
-    precision: str = ""
-    model: str = ""
-    resident_bytes: int = 0
-    waited_seconds: float = 0.0
-    media_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    total_seconds: float = 0.0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    new_tokens: int = 0
-    waiting: int = 0
-    characters: int = 0
-    images: int = 0
-    recordings: int = 0
-    encoded_media: int = 0
-
-
-@dataclass(frozen=True)
-class Content:
-    """What was typed, shown, said and answered; written only with the user's consent."""
-
-    question: str
-    answer: str
-    media: list[str] = field(default_factory=list)  # paths
-
-
-COLUMNS = [item.name for item in fields(Record)]
-SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS requests (
-    number INTEGER PRIMARY KEY,
-    {", ".join(f"{item.name} {TYPES[item.type]} NOT NULL" for item in fields(Record))},
-    question TEXT, answer TEXT, media TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS requests_of ON requests (conversation);
-"""
-INSERT = (
-    f"INSERT INTO requests ({', '.join(COLUMNS)}, question, answer, media) "
-    f"VALUES ({', '.join('?' * (len(COLUMNS) + 3))})"
+from .record import (
+    DELETE_COPIES,
+    FILL,
+    INSERT,
+    MISSING,
+    NAMED,
+    RATE,
+    SCHEMA,
+    Content,
+    Feedback,
+    Record,
 )
+
+DATABASE = "requests.sqlite3"
+BUSY_SECONDS = 1.0  # how long another program may hold the database
 OLD = "number <= (SELECT number FROM requests ORDER BY number DESC LIMIT 1 OFFSET ?)"
-LONGEST_SUFFIX = 8  # a file's name is the user's
+SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,7}")  # a file's name is the user's
 
 
 class Store:
@@ -105,24 +51,42 @@ class Store:
         Raises:
             OSError, sqlite3.Error: it could not be written; nothing of it is there.
         """
-        copies: list[Path] = []
-        try:
-            with self._transaction() as connection:
-                question = answer = None
-                if content is not None:
-                    question, answer = _valid(content.question), _valid(content.answer)
-                    self._copy(record.id, content.media, copies)
-                names = json.dumps([path.name for path in copies])
-                values = [*asdict(record).values(), question, answer, names]
-                connection.execute(INSERT, values)
-                gone = _take_out(connection, OLD, self.rows)
-        except BaseException:
-            self._unlink([path.name for path in copies])
-            raise
+        with self._copying() as copies, self.transaction() as connection:
+            kept = (None, None, "[]") if content is None else self._keep(record.id, content, copies)
+            connection.execute(INSERT, [*asdict(record).values(), *kept])
+            gone, _ = _take_out(connection, OLD, self.rows)
         self._unlink(gone)
 
+    def rate(self, feedback: Feedback, contents: Mapping[str, Content]) -> bool:
+        """Writes what a user thinks of an answer, in place of what was thought before.
+
+        Args:
+            feedback: words that are None leave those that are there, but none stay when the rating
+                is taken back.
+            contents: by request, what may be kept now of the conversation and was not then.
+
+        Returns:
+            Whether the answer's record is still there; nothing is written without.
+
+        Raises:
+            OSError, sqlite3.Error: it could not be written; nothing of it is there.
+        """
+        with self._copying() as copies, self.transaction() as connection:
+            named = [feedback.request, feedback.conversation]
+            if connection.execute(f"SELECT 1 {NAMED}", named).fetchone() is None:
+                return False
+            words = [word and _valid(word) for word in (feedback.reason, feedback.correction)]
+            connection.execute(RATE, [*astuple(feedback)[:-2], *words])
+            for request, content in contents.items():
+                named = [request, feedback.conversation]
+                if connection.execute(f"SELECT 1 {MISSING}", named).fetchone() is not None:
+                    kept = self._keep(request, content, copies)
+                    connection.execute(FILL, [*kept, *named])
+        return True
+
     def delete(self, conversation: str) -> int:
-        """Removes all that is kept of a conversation: rows, texts and files.
+        """Removes all that is kept of a conversation: rows, texts and files. What was copied to the
+        Hub is noted, to be deleted there.
 
         Returns:
             How many rows there were.
@@ -130,10 +94,9 @@ class Store:
         Raises:
             OSError, sqlite3.Error: it could not be removed.
         """
-        with self._transaction() as connection:
-            before = connection.total_changes
-            gone = _take_out(connection, "conversation = ?", conversation)
-            rows = connection.total_changes - before
+        with self.transaction() as connection:
+            gone, rows = _take_out(connection, "conversation = ?", conversation)
+            connection.execute(DELETE_COPIES, [conversation])
         self._unlink(gone)
         with self._opened() as connection:  # or the texts stay in the journal
             busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -146,15 +109,30 @@ class Store:
         with self._lock:
             self._disconnect()
 
-    def _copy(self, name: str, media: list[str], copies: list[Path]) -> None:
-        """Copies files under the request's name; `copies` grows with each, also when one fails."""
-        for number, path in enumerate(map(Path, media)):
-            suffix = path.suffix if len(path.suffix) <= LONGEST_SUFFIX else ""
-            copies.append(self.media / f"{name}.{number}{suffix}")
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[list[Path]]:
+        """A list for the files that are copied; they go when what names them is not written."""
+        copies: list[Path] = []
+        try:
+            yield copies
+        except BaseException:
+            self._unlink([path.name for path in copies])
+            raise
+
+    def _keep(self, request: str, content: Content, copies: list[Path]) -> tuple[str, str, str]:
+        """Copies the media, under the request's name; `copies` grows with each, also when one
+        fails. Returns question, answer and the files' names, as they are written.
+        """
+        names = []
+        for number, path in enumerate(map(Path, content.media)):
+            suffix = path.suffix if SUFFIX.fullmatch(path.suffix) else ""
+            names.append(f"{request}.{number}{suffix}")
+            copies.append(self.media / names[-1])
             shutil.copyfile(path, copies[-1])
             _to_disk(copies[-1])
-        if media:
+        if names:
             _to_disk(self.media)
+        return _valid(content.question), _valid(content.answer), json.dumps(names)
 
     def _unlink(self, names: list[str]) -> None:
         for name in names:
@@ -173,7 +151,8 @@ class Store:
                 raise
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """The database for one change, which is there whole or not at all."""
         with self._opened() as connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection  # what fails closes the connection, which rolls back
@@ -182,7 +161,7 @@ class Store:
     def _connect(self) -> None:
         self.media.mkdir(parents=True, exist_ok=True)
         connection = self._connection = sqlite3.connect(
-            self.folder / "requests.sqlite3",
+            self.folder / DATABASE,
             timeout=BUSY_SECONDS,
             isolation_level=None,
             check_same_thread=False,  # the lock lets one at a time
@@ -204,11 +183,16 @@ class Store:
             self._connection = None
 
 
-def _take_out(connection: sqlite3.Connection, where: str, value: str | int) -> list[str]:
-    """Deletes rows; returns the names of their files."""
-    taken = connection.execute(f"SELECT media FROM requests WHERE {where}", [value]).fetchall()
+def _take_out(
+    connection: sqlite3.Connection, where: str, value: str | int
+) -> tuple[list[str], int]:
+    """Deletes rows and what was thought of them; returns the names of their files, and how many
+    rows there were.
+    """
+    taken = connection.execute(f"SELECT id, media FROM requests WHERE {where}", [value]).fetchall()
+    connection.executemany("DELETE FROM feedback WHERE request = ?", [row[:1] for row in taken])
     connection.execute(f"DELETE FROM requests WHERE {where}", [value])
-    return [name for (media,) in taken for name in json.loads(media)]
+    return [name for _, media in taken for name in json.loads(media)], len(taken)
 
 
 def _valid(text: str) -> str:

@@ -23,9 +23,9 @@ from transformers import AutoModel, AutoModelForMultimodalLM, PreTrainedModel
 from modeling_phi_mm import PhiMMForConditionalGeneration
 from phi_mm.assembly import LORA_TARGETS, projectors
 from phi_mm.checkout import LICENSE
-from phi_mm.hub.adapter import check_base, write_adapter
+from phi_mm.hub.adapter import write_adapter
 from phi_mm.hub.card import write_card
-from phi_mm.hub.destination import check_destination
+from phi_mm.hub.destination import check_destination, find_model
 from phi_mm.hub.export import drop_origin, register_code
 from phi_mm.hub.folder import check_folder
 from phi_mm.hub.push import Destination, push, upload
@@ -215,7 +215,7 @@ def test_for_vllm_by_hand(case, folder: Path, refused: Callable) -> None:
 def test_adapter_only(case, folder: Path, user: str, tmp_path: Path) -> None:
     base, _ = pushed(folder, f"base-{case.artefact.name}")
     adapted, processor, run = adapted_run(case, tmp_path / "lora")
-    assert check_base(base) is False
+    assert find_model(base, "--base").private is False
     write_adapter(run, tmp_path / "adapter", base, processor)
     repo, _ = pushed(tmp_path / "adapter", f"adapter-{case.artefact.name}")
     expected = logits(case, adapted, processor)

@@ -294,3 +294,18 @@ def test_real_llava_rows(samples, tmp_path):
     assert content[0] == text("In which year the value was 51?")
     assert content[1] == image(tmp_path / "demo/images/10149.png")
     assert os.path.exists(content[1]["image"])
+
+
+def test_weights_of_answers(tmp_path):
+    asked = {"role": "user", "content": "why?"}
+    answers = [{"role": "assistant", "content": "so", "weight": weight} for weight in (0, 1, None)]
+    rows = [{"messages": [asked, answer]} for answer in answers]
+    read = load_rows(write(tmp_path / "rows.jsonl", rows))
+    assert [row["messages"][1].get("weight") for row in read] == [0, None, None]
+    rows = [{"messages": [asked, answers[0] | {"weight": 0.5}]}]
+    rows += [{"messages": [asked | {"weight": 0}, answers[1]]}]
+    _, problems = read_rows(write(tmp_path / "bad.jsonl", rows))
+    assert problems[0].endswith(
+        "got the weight 0.5 in the assistant's turn, expected 0 or 1 in an assistant's"
+    )
+    assert "got the weight 0 in the user's turn" in problems[1]

@@ -2,15 +2,17 @@
 
 It speaks what that client asks for: who am I, create a repository and a branch, its information,
 references and tree, preupload, LFS batch with single and multipart uploads and their completion,
-commits as ndjson (files, LFS files, deletions), `resolve` by HEAD and GET with ETag,
-X-Repo-Commit and a redirect of LFS files to storage, ranges, and private repositories: 401 without
-a token, 404 for a stranger's, 403 where a token may not write, as the real one answers. Storage
-answers under another host name (localhost), as a CDN would, behind URLs that are signed and hold no
-token. On request it cuts a connection half-way through an upload or a download.
+commits as ndjson (files, LFS files, deletions of files and folders), squashing of history, listing
+and deletion of LFS objects, `resolve` by HEAD and GET with ETag, X-Repo-Commit and a redirect of
+LFS files to storage, ranges, and private repositories: 401 without a token, 404 for a stranger's,
+403 where a token may not write, as the real one answers. A Space has variables, secrets that can be
+named and not read, and hardware; nothing is built or run. Storage answers under another host name
+(localhost), as a CDN would, behind URLs that are signed and hold no token. On request it cuts a
+connection half-way through an upload or a download.
 
 What it does not imitate: Xet (clients must set HF_HUB_DISABLE_XET=1, and so upload and download by
 LFS), git itself (commit ids are hashes of the tree and its parent, not git's), pull requests, tags,
-data sets and Spaces, gated repositories, fine-grained tokens, quotas and rate limits, pages of a
+gated repositories, fine-grained tokens, quotas and rate limits, pages of a
 long listing, files too large for a commit, `.gitattributes` and `.gitignore` (weights are LFS by
 their ending), malware scans, and the Hub's schema of card metadata: it parses the YAML and asks for
 no more. Nothing is written to disk; TLS is absent,
@@ -28,8 +30,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from loopback_history import History
+from loopback_spaces import Spaces
 from loopback_state import Account, HubState, Refusal, Repository, Seen
 
+MEDIA_ENDINGS = (".png", ".jpg", ".wav", ".flac")  # LFS in data sets
 LFS_ENDINGS = (".safetensors", ".bin", ".pt", ".model")
 PART = 64 * 1024  # objects of more bytes are uploaded in parts of this size
 
@@ -54,7 +59,7 @@ class LoopbackHub(HubState):
         self._server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(History, Spaces, BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body are two writes, 40 ms apart with it
@@ -148,6 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
         made = self.hub.repositories[repo] = Repository(asked.get("visibility") == "private")
         attributes = self.hub.keep(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
         self.hub.commit(made, "main", {".gitattributes": attributes})
+        made.hardware = asked.get("hardware")
         self.send(answer)
 
     def branch(self, id: str, branch: str) -> None:
@@ -210,9 +216,9 @@ class _Handler(BaseHTTPRequestHandler):
     def preupload(self, id: str, revision: str) -> None:
         repository = self.hub.writable(id, self.account)
         tree = repository.commits[self.hub.commit_of(repository, revision)]
-        modes = []
+        modes, endings = [], LFS_ENDINGS + MEDIA_ENDINGS * id.startswith("datasets/")
         for file in json.loads(self.body)["files"]:
-            mode = "lfs" if file["path"].endswith(LFS_ENDINGS) else "regular"
+            mode = "lfs" if file["path"].endswith(endings) else "regular"
             known = tree.get(file["path"], ":").split(":")[1]
             modes.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
             modes[-1] |= {"oid": known} if known else {}
@@ -290,8 +296,11 @@ class _Handler(BaseHTTPRequestHandler):
                 if f"lfs:{value['oid']}" not in self.hub.blobs:
                     raise Refusal(400, f"{value['path']}: its LFS object was not uploaded")
                 tree[value["path"]] = f"lfs:{value['oid']}"
+                repository.lfs.add(value["oid"])
             elif kind == "deletedFile":
                 del tree[value["path"]]
+            elif kind == "deletedFolder":
+                tree = {p: k for p, k in tree.items() if not p.startswith(value["path"])}
         sha = self.hub.commit(repository, revision, tree)
         self.send_json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{id}"})
 
@@ -337,6 +346,7 @@ class _Handler(BaseHTTPRequestHandler):
 # Data sets and Spaces are kept under their kind and name: "datasets/someone/something".
 ID = r"(?P<id>((datasets|spaces)/)?[^/]+/[^/]+?)"
 API = rf"/api/(models/)?{ID}"
+SPACE = r"/api/(?P<id>spaces/[^/]+/[^/]+)"
 ROUTES = (
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),
@@ -344,10 +354,19 @@ ROUTES = (
     ("POST", rf"{API}/branch/(?P<branch>.+)", "branch"),
     ("POST", rf"{API}/preupload/(?P<revision>.+)", "preupload"),
     ("POST", rf"{API}/commit/(?P<revision>.+)", "post_commit"),
+    ("POST", rf"{API}/super-squash/(?P<branch>.+)", "squash"),
+    ("GET", rf"{API}/lfs-files", "lfs_files"),
+    ("POST", rf"{API}/lfs-files/batch", "delete_lfs_files"),
     ("GET", rf"{API}/refs", "refs"),
     ("GET", rf"{API}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", "tree"),
     ("GET", rf"{API}/revision/(?P<revision>.+)", "info"),
     ("GET", API, "info"),
+    ("GET", rf"{SPACE}/variables", "variables"),
+    ("POST", rf"{SPACE}/variables", "variables"),
+    ("GET", rf"{SPACE}/secrets", "space_secrets"),
+    ("POST", rf"{SPACE}/secrets", "space_secrets"),
+    ("GET", rf"{SPACE}/runtime", "runtime"),
+    ("POST", rf"{SPACE}/hardware", "hardware"),
     ("POST", rf"/{ID}\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", r"/storage/(?P<signature>\w+)(/(?P<part>\d+))?", "put_object"),
     ("POST", r"/storage/(?P<signature>\w+)/complete", "complete"),

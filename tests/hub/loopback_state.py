@@ -18,11 +18,18 @@ class Account:
 
 @dataclass
 class Repository:
-    """Commits are maps from path to the key of a blob: "git:<sha1>" or "lfs:<sha256>"."""
+    """Commits are maps from path to the key of a blob: "git:<sha1>" or "lfs:<sha256>".
+
+    What runs is a Space's alone: its variables and secrets by name, and the hardware asked for.
+    """
 
     private: bool
     commits: dict[str, dict[str, str]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    lfs: set[str] = field(default_factory=set)  # objects of all its history
+    variables: dict[str, str] = field(default_factory=dict)
+    secrets: dict[str, str] = field(default_factory=dict)
+    hardware: str | None = None
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,20 @@ def test_labels_decode_to_what_the_assistant_says(make_phi_mm, family):
         assert torch.equal(labels[supervised], ids[supervised])
 
 
+@pytest.mark.parametrize("family", ["phi", "phi3"])
+def test_an_answer_of_weight_0_is_read_and_not_learnt(make_phi_mm, family):
+    _, processor = make_phi_mm(family)
+    asked, wrong, again, right = SAMPLES[0]["messages"]
+    whole = PhiMMCollator(processor)(SAMPLES[:1])
+    weighed = [asked, {**wrong, "weight": 0}, again, {**right, "weight": 1}]
+    batch = PhiMMCollator(processor)([{"messages": weighed}])
+    assert torch.equal(batch["input_ids"], whole["input_ids"])
+    said = {"phi": " left<|endoftext|>", "phi3": "left<|end|>"}[family]
+    assert processor.decode(batch["labels"][batch["labels"] != -100]) == said
+    with pytest.raises(ValueError, match="without a supervised token"):
+        PhiMMCollator(processor)([{"messages": [asked, {**wrong, "weight": 0}]}])
+
+
 def test_batch_is_right_padded_and_whole(phi_mm):
     model, processor = phi_mm
     collator = PhiMMCollator(processor)

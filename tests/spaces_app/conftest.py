@@ -1,7 +1,8 @@
 """Random artefacts as the Space loads them, and media files with known content."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,14 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
+def answer_lent(lent, request, emit: Callable, ending):
+    """What a `LentGenerator` answers, from beginning to end."""
+    loan = lent.begin(request, emit, ending)
+    while loan.answer is None:
+        lent.step([loan])
+    return loan.answer
+
+
 @pytest.fixture(scope="session")
 def loaded(artefact: Path):
     """Model and processor in float32."""
@@ -66,3 +75,26 @@ def plainly(model, processor, messages: list[dict], max_new_tokens: int) -> list
     )
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.fixture
+def make_engine(loaded, tmp_path: Path) -> Iterator[Callable]:
+    """Engine that has loaded its model, with a store in tmp_path; closed when the test ends."""
+    from engine.generation import Generator
+    from engine.service import Engine, Limits
+    from records.journal import Journal
+    from records.store import Store
+
+    made = []
+
+    def make(**limits) -> Engine:
+        journal = Journal(Store(tmp_path / "store", 100))
+        load = partial(Generator, *loaded, 1 << 30, 1 << 30, name="toy@0123abc")
+        made.append(Engine(load, Limits(**limits), journal))
+        made[-1].start()
+        made[-1].wait_until_loaded()
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()

@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from engine.decoding import new_cache
 from engine.generation import Answer, Ending, Generator, Heard, Interrupted, Request, Text
 from engine.loading import load
 from engine.prefix import common_prefix
 from engine.zero import LentGenerator, estimate
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from phi_mm.assembly import LORA_TARGETS
 from phi_mm.hub.export import save_artefact
 
-from .conftest import assistant, plainly, user
+from .conftest import answer_lent, assistant, plainly, user
 
 PLENTY = 1 << 30
 FOREVER = 3600.0
@@ -204,7 +205,7 @@ def test_stopping_keeps_what_was_said_and_what_was_computed(generator: Generator
     answer = generator.answer(Request("one", messages, 40), stop_at_third, end)
     assert answer.ended == "stopped"
     assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
-    assert len(heard) == 4  # the token under way still comes
+    assert len(heard) == 3
     follow = [*messages, assistant(answer.text), user("more")]
     more = generator.answer(Request("one", follow, 4), lambda e: None, ending())
     assert more.reused_tokens >= answer.prompt_tokens
@@ -334,6 +335,62 @@ def test_lora_by_modality_answers_as_without_memory(
     assert reused == [False, False, True, False]
 
 
+@pytest.mark.parametrize("family", ["phi", "phi3", "phi3 with a window", "phi3 with long rope"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_answers_side_by_side_are_those_of_each_alone(
+    family: str, precision: str, make_phi_mm: Callable, media: Path, tmp_path: Path
+) -> None:
+    """Of other lengths, with other media, begun at other times, and with what is in memory."""
+    model, processor = make_phi_mm(family.split()[0])
+    if "window" in family:
+        model.config.text_config.sliding_window = 24
+    if "long rope" in family:
+        text = model.config.text_config
+        text.original_max_position_embeddings = 40
+        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        text.rope_parameters = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
+    save_artefact(model, processor, tmp_path / "artefact")
+    model, processor = load(str(tmp_path / "artefact"), None, precision)
+    asked = {
+        "short": [user("hi")],
+        "picture": [user(f"{media}/0.png", "what?")],
+        "recording": [user(f"{media}/3.wav")],
+        "long": [user("and so on " * 9, f"{media}/1.png", f"{media}/0.wav")],
+    }
+    generator = Generator(model, processor, PLENTY, PLENTY)
+    begun, going = {}, []
+    for name, messages in asked.items():
+        begun[name] = generator.begin(Request(name, messages, 14), lambda e: None, ending())
+        going = [s for s in begun.values() if s.answer is None]
+        generator.step(going)
+        generator.step(going)
+    while going := [s for s in going if s.answer is None]:
+        generator.step(going)
+    for name, messages in asked.items():
+        assert begun[name].answer.token_ids == plainly(model, processor, messages, 14), name
+    messages = [*asked["long"], assistant(begun["long"].answer.text), user("and?")]
+    more = generator.answer(Request("long", messages, 6), lambda e: None, ending())
+    assert more.reused_tokens > 0
+    assert more.token_ids == plainly(model, processor, messages, 6)
+
+
+def test_keys_and_values_grow_and_are_cut() -> None:
+    random = torch.Generator().manual_seed(0)
+    cache, plain = new_cache(), DynamicCache()
+    for length in (1, 255, 1, 300, 1):
+        states = torch.randn(1, 2, length, 4, generator=random)
+        for some in (cache, plain):
+            keys, values = some.update(states, -states, 0)
+        if length == 300:
+            for some in (cache, plain):
+                some.crop(-310)
+        assert torch.equal(*(some.layers[0].keys for some in (cache, plain)))
+        assert torch.equal(*(some.layers[0].values for some in (cache, plain)))
+    assert cache.get_seq_length() == 248
+    assert cache.layers[0].trim() == 2 * 2 * 248 * 4 * 4
+    assert torch.equal(cache.layers[0].keys, plain.layers[0].keys)
+
+
 def test_a_lent_gpu_answers_alike(generator: Generator, loaded, media: Path) -> None:
     """`spaces.GPU` leaves a function as it is on a machine that is not ZeroGPU."""
     lengths = []
@@ -348,15 +405,15 @@ def test_a_lent_gpu_answers_alike(generator: Generator, loaded, media: Path) -> 
     messages = [user(f"{media}/0.png", "what?")]
     request = Request("one", messages, 40)
     events, lent = [], LentGenerator(generator, lend)
-    answer = lent.answer(request, events.append, ending())
+    answer = answer_lent(lent, request, events.append, ending())
     assert answer.token_ids == plainly(*loaded, messages, 40)
     assert [type(event) for event in events] == [Text] * len(events)
     assert lengths == [estimate(request)] == [13]
     with pytest.raises(ValueError, match="expected fewer than 2048"):
-        lent.answer(Request("one", [user("x" * 2100)], 4), events.append, ending())
+        answer_lent(lent, Request("one", [user("x" * 2100)], 4), events.append, ending())
     end = ending()
-    with pytest.raises(Interrupted):
-        lent.answer(request, lambda event: end.stop.set(), end)
+    stopped = answer_lent(lent, request, lambda event: end.stop.set(), end)
+    assert stopped.ended == "stopped" and stopped.text == events[0].text
     assert not [thread for thread in threading.enumerate() if "compute" in thread.name]
 
 

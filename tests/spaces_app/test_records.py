@@ -7,17 +7,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import pytest
-from engine.generation import Answer, Begun, Generator, Request, Text
+from engine.generation import Answer, Begun, Request, Text
 from engine.service import Engine, Limits
 from pages.chat import ChatPage
 from pages.conversation import Conversation
-from records.journal import Journal
 from records.store import Content, Record, Store
 from settings import Settings
 
@@ -138,24 +135,6 @@ def test_a_full_and_a_read_only_disk_are_told_once(tmp_path: Path) -> None:
     assert rows(tmp_path / "full", "id") == [("before",), ("after",)]
     assert again == "records are stored again; 3 were not"
     assert closed.startswith("records are not stored in closed (PermissionError:")
-
-
-@pytest.fixture
-def make_engine(loaded, tmp_path: Path) -> Iterator[Callable]:
-    """Engine that has loaded its model, with a store in tmp_path; closed when the test ends."""
-    made = []
-
-    def make(**limits) -> Engine:
-        journal = Journal(Store(tmp_path / "store", 100))
-        load = partial(Generator, *loaded, 1 << 30, 1 << 30, name="toy@0123abc")
-        made.append(Engine(load, Limits(**limits), journal))
-        made[-1].start()
-        made[-1].wait_until_loaded()
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.close()
 
 
 async def collect(engine: Engine, request: Request) -> list:

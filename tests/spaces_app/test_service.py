@@ -6,7 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine.generation import UNFINISHED, Answer, Generator, Request, Text, Waiting
+from engine.generation import (
+    UNFINISHED,
+    Answer,
+    Generator,
+    Request,
+    Sequence,
+    Text,
+    Waiting,
+)
 from engine.service import Engine, Limits
 from engine.store import BoundedStore
 from engine.turns import Turns
@@ -52,12 +60,17 @@ class Gate:
 
     def __init__(self, generator: Generator):
         self.generator, self.open, self.begun = generator, threading.Event(), []
+        self.side_by_side = 0  # at the most
 
-    def answer(self, request: Request, emit: Callable, ending) -> Answer:
+    def begin(self, request: Request, emit: Callable, ending) -> Sequence:
         self.begun.append(request.conversation)
         while not self.open.wait(0.01) and not ending.reached():
             pass
-        return self.generator.answer(request, emit, ending)
+        return self.generator.begin(request, emit, ending)
+
+    def step(self, sequences: list[Sequence]) -> None:
+        self.side_by_side = max(self.side_by_side, len(sequences))
+        self.generator.step(sequences)
 
     def forget(self, conversation: str) -> None:
         self.generator.forget(conversation)
@@ -102,7 +115,7 @@ def question(conversation: str, text: str = "hello", tokens: int = 4) -> Request
 
 
 def test_everyone_gets_his_own_answer_and_is_told_his_place(make_engine, gate, loaded) -> None:
-    engine = make_engine()
+    engine = make_engine(together=1)
 
     async def crowd() -> list[list]:
         first = asyncio.create_task(collect(engine, question("a", "first")))
@@ -115,7 +128,7 @@ def test_everyone_gets_his_own_answer_and_is_told_his_place(make_engine, gate, l
         return await asyncio.gather(first, *rest)
 
     events = asyncio.run(crowd())
-    assert gate.begun == ["a", "a", "b", "c"]
+    assert gate.begun == ["a", "a", "b", "c"] and gate.side_by_side == 1
     places = [[e.place for e in some if isinstance(e, Waiting)] for some in events]
     assert places[0] == [1]
     assert places[1][0] == 1 and places[2][0] == 2 and places[3][0] == 3
@@ -125,6 +138,71 @@ def test_everyone_gets_his_own_answer_and_is_told_his_place(make_engine, gate, l
         # A random model may say nothing but parts of characters, which are not shown.
         shown = [event.text for event in some if isinstance(event, Text)]
         assert "".join(shown[-1:]).strip() == some[-1].text.rstrip(UNFINISHED).strip()
+
+
+@pytest.mark.parametrize("together", [3, 8])
+def test_answers_side_by_side_are_those_of_each_alone(
+    make_engine, gate, loaded, media: Path, together: int
+) -> None:
+    engine, messages = make_engine(together=together), {}
+    gate.open.set()
+    for number, name in enumerate("abcdefgh"):
+        seen = f"{media}/{number % 4}.png" if number % 2 else f"{media}/{number % 4}.wav"
+        messages[name] = [user(seen, "what?" * (number + 1))]
+
+    async def ask(name: str, tokens: int) -> Answer:
+        return (await collect(engine, Request(name, messages[name], tokens)))[-1]
+
+    async def crowd() -> list[Answer]:
+        first = await asyncio.gather(*(ask(name, 20 + 3 * i) for i, name in enumerate(messages)))
+        for name, answer in zip(messages, first, strict=True):
+            messages[name] = [*messages[name], assistant(answer.text), user("and?")]
+        return first + await asyncio.gather(*(ask(name, 12) for name in messages))
+
+    answers = asyncio.run(crowd())
+    assert gate.side_by_side == together and engine.answering == 0
+    for number, (name, said) in enumerate(messages.items()):
+        assert answers[number].token_ids == plainly(*loaded, said[:1], 20 + 3 * number), name
+        assert answers[number + 8].token_ids == plainly(*loaded, said, 12), name
+        assert answers[number + 8].reused_tokens > 0
+
+
+def test_a_conversation_is_answered_one_question_at_a_time(make_engine, gate, loaded) -> None:
+    engine = make_engine()
+
+    async def crowd() -> list[list]:
+        asked = [question("a", "first", 12), question("a", "second", 12), question("b", "b", 12)]
+        tasks = [asyncio.create_task(collect(engine, request)) for request in asked]
+        await until(lambda: engine.waiting == 2)
+        gate.open.set()
+        return await asyncio.gather(*tasks)
+
+    answers = [events[-1].token_ids for events in asyncio.run(crowd())]
+    assert gate.begun == ["a", "b", "a"] and gate.side_by_side == 2
+    assert answers == [plainly(*loaded, [user(text)], 12) for text in ("first", "second", "b")]
+
+
+def test_what_fails_side_by_side_is_told_to_all_and_the_next_is_served(
+    make_engine, gate, caplog
+) -> None:
+    engine = make_engine()
+    gate.open.set()
+
+    def fail(sequences: list) -> None:
+        if len(sequences) == 2:
+            raise RuntimeError("out of memory")
+
+    async def crowd() -> None:
+        step, gate.step = gate.step, fail
+        tasks = [asyncio.create_task(collect(engine, question(name))) for name in "ab"]
+        for task in tasks:
+            with pytest.raises(ValueError, match="failed on this question .RuntimeError.: ask"):
+                await task
+        gate.step = step
+        assert isinstance((await collect(engine, question("a")))[-1], Answer)
+
+    asyncio.run(crowd())
+    assert engine.answering == 0 and "out of memory" in caplog.text
 
 
 def test_abandoned_and_cancelled_streams_free_the_worker(make_engine, gate) -> None:
@@ -149,7 +227,7 @@ def test_abandoned_and_cancelled_streams_free_the_worker(make_engine, gate) -> N
 
     events = asyncio.run(leave())
     assert isinstance(events[-1], Answer)
-    assert gate.begun == ["a", "b", "c"]
+    assert gate.begun == ["a", "b", "c"] and engine.answering == 0
 
 
 def test_a_full_queue_and_a_long_wait_are_refused(make_engine, gate) -> None:

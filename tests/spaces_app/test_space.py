@@ -1,5 +1,6 @@
 """The whole Space in a process of its own, started as users start it: page, API, health."""
 
+import asyncio
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ import pytest
 from engine.loading import load
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
+from mcp.types import CallToolResult
 from settings import Settings
 
 from .conftest import assistant, plainly, user
@@ -21,7 +25,8 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 @pytest.fixture(scope="module")
 def url(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where `phi-mm serve` serves the artefact."""
-    with serve(artefact, tmp_path_factory.mktemp("serve"), PHI_MM_PREFIX_MB="8") as space:
+    folder, settings = tmp_path_factory.mktemp("serve"), {"GRADIO_MCP_SERVER": "True"}
+    with serve(artefact, folder, PHI_MM_PREFIX_MB="8", **settings) as space:
         yield space.url
     assert "int8: the quickest on a CPU" in space.log
     told = [json.loads(line) for line in space.log.splitlines() if line.startswith("{")]
@@ -73,7 +78,7 @@ def test_curl_is_enough(url: str, artefact: Path) -> None:
     messages = []
     for question in ("hello", "again"):
         messages.append(user(question))
-        body = {"data": [question, None, None, 16, 0], "session_hash": "my-conversation"}
+        body = {"data": [question, None, None, 16, 0, False], "session_hash": "my-conversation"}
         status, answer = get(f"{url}/gradio_api/call/ask", body)
         assert status == 200
         _, stream = get(f"{url}/gradio_api/call/ask/{json.loads(answer)['event_id']}")
@@ -83,6 +88,34 @@ def test_curl_is_enough(url: str, artefact: Path) -> None:
         ids = plainly(model, processor, messages, 16)
         assert text == processor.tokenizer.decode(ids).strip()
         messages.append(assistant(text))
+
+
+def test_models_may_ask_by_mcp(url: str, artefact: Path) -> None:
+    model, processor = load(str(artefact), None, "int8")
+
+    async def ask() -> tuple[dict, list[CallToolResult]]:
+        async with (
+            streamable_http_client(f"{url}/gradio_api/mcp/") as (reading, writing, _),
+            ClientSession(reading, writing) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            given = [
+                {"text": "hello", "length": 16},
+                {"text": "again", "length": 16},
+                {"text": " "},
+            ]
+            return tools, [await session.call_tool("ask", words) for words in given]
+
+    tools, (hello, again, nothing) = asyncio.run(ask())
+    assert "picture" in tools["ask"].description
+    assert {"text", "image", "audio", "length"} <= tools["ask"].inputSchema["properties"].keys()
+    for question, answer in (("hello", hello), ("again", again)):  # each stands alone
+        ids = plainly(model, processor, [user(question)], 16)
+        assert answer.content[0].text == processor.tokenizer.decode(ids).strip()
+    assert hello.content != again.content
+    assert nothing.isError
+    assert "got no question: type one, or record one" in nothing.content[0].text
 
 
 def test_errors_are_sentences_and_the_conversation_survives(url: str, tmp_path: Path) -> None:
@@ -107,7 +140,7 @@ def test_errors_are_sentences_and_the_conversation_survives(url: str, tmp_path: 
 def test_files_of_the_server_are_not_opened(url: str) -> None:
     passwords = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
     for media in ([passwords, None], [None, passwords]):
-        body = {"data": ["what?", *media, 16, 0]}
+        body = {"data": ["what?", *media, 16, 0, False]}
         _, answer = get(f"{url}/gradio_api/call/ask", body)
         _, stream = get(f"{url}/gradio_api/call/ask/{json.loads(answer)['event_id']}")
         assert b"event: error" in stream and b"expected a" not in stream
@@ -115,10 +148,12 @@ def test_files_of_the_server_are_not_opened(url: str) -> None:
 
 def test_only_what_is_documented_can_be_called(url: str) -> None:
     api = Client(url, verbose=False).view_api(return_format="dict", print_info=False)
-    assert list(api["named_endpoints"]) == ["/ask", "/forget"]
+    assert list(api["named_endpoints"]) == ["/ask", "/forget", "/feedback", "/delete"]
     names = [p["parameter_name"] for p in api["named_endpoints"]["/ask"]["parameters"]]
-    assert names == ["text", "image", "audio", "length", "temperature"]
+    assert names == ["text", "image", "audio", "length", "temperature", "keep"]
     assert "picture" in api["named_endpoints"]["/ask"]["description"]
+    names = [p["parameter_name"] for p in api["named_endpoints"]["/feedback"]["parameters"]]
+    assert names == ["rating", "reason", "correction", "keep"]
 
 
 def test_examples_are_there_and_are_those_of_the_command(tmp_path: Path, capsys) -> None:
@@ -146,3 +181,10 @@ def test_settings_say_what_is_wrong(artefact: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Settings.read(given)
+
+
+def test_the_owners_pages_are_closed_without_a_secret(url: str) -> None:
+    status, body = get(f"{url}/metrics")
+    assert status == 403 and body.startswith(b"got no PHI_MM_OWNER_SECRET")
+    status, body = get(f"{url}/dashboard")
+    assert status == 200 and b"No secret is set, so nobody is let in." in body

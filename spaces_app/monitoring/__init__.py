@@ -1,0 +1,1 @@
+"""Watching the Space: metrics, alerts, and what the owner's dashboard shows."""
