@@ -122,7 +122,7 @@ class Visitor:
         """Yields ("generating", text so far), and at last ("complete", text) or ("error", why)."""
         words, picture, recording = turn
         files = [await self._upload(name) for name in (picture, recording)]
-        body = {"data": [words, *files, self.length, 0], "session_hash": session}
+        body = {"data": [words, *files, self.length, 0, False], "session_hash": session}
         said = await self.client.post("/gradio_api/call/ask", json=body)
         if said.status_code != 200:
             yield "error", f"HTTP {said.status_code}"
@@ -233,6 +233,7 @@ def served(artefact: Path) -> Iterator[tuple[str, psutil.Process]]:
             "GRADIO_SERVER_PORT": str(port),
             "GRADIO_TEMP_DIR": f"{folder}/uploads",
             "PHI_MM_MODEL": str(artefact.resolve()),
+            "PHI_MM_PREFIX_MB": "64",  # soon full, so that what grows after that is a leak
             "PHI_MM_STORE": f"{folder}/store",
         }
         with open(f"{folder}/log", "w") as log:

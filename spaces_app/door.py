@@ -4,7 +4,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.responses import PlainTextResponse
@@ -15,11 +15,14 @@ MEGABYTE = 1 << 20
 WORDS_BYTES = MEGABYTE  # of a body that brings no file: more than any model reads
 ROOM_BYTES = 256 * MEGABYTE  # of the disk, which uploads leave to the records
 NO_ROOM, NO_ROOM_STATUS = "files cannot be kept now: ask without one, or try again later", 507
+# Of pages: the words of users and of the model are Markdown, and may name pictures anywhere.
+OWN_MEDIA = "img-src 'self' data: blob:; media-src 'self' data: blob:; object-src 'none'"
 MCP = "/gradio_api/mcp"  # its clients write files into JSON, a third longer than they are
 
 
 class Door:
-    """Middleware before Gradio, which bounds a file's size and nothing else.
+    """Middleware before Gradio, which bounds a file's size and nothing else; and pages show no
+    pictures but the Space's own.
 
     Args:
         app: what is behind it.
@@ -44,8 +47,16 @@ class Door:
         except HTTPException as error:
             await PlainTextResponse(error.detail, error.status_code)(scope, receive, send)
             return
+
+        async def send_page(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                given = MutableHeaders(scope=message)
+                given.setdefault("x-content-type-options", "nosniff")
+                given.setdefault("content-security-policy", OWN_MEDIA)
+            await send(message)
+
         try:
-            await self.app(scope, body.receive, send)
+            await self.app(scope, body.receive, send_page)
         except OSError:
             if not brings_files:
                 raise

@@ -63,10 +63,11 @@ class Served:
         """The last event for a question, and what it says: an answer, or the error's sentence.
 
         Args:
-            fields: question, picture, recording, longest answer, temperature; left out, as usual.
+            fields: question, picture, recording, longest answer, temperature, consent; left out, as
+                usual.
             body: more of the request.
         """
-        usual = ["hello", None, None, 16, 0]
+        usual = ["hello", None, None, 16, 0, False]
         fields = [*fields, *usual[len(fields) :]]
         status, said = get(f"{self.url}/gradio_api/call/ask", {"data": fields, **body})
         if status != 200:
@@ -79,7 +80,9 @@ class Served:
         name, data = stream.decode().strip().split("\n\n")[-1].split("\n")
         said = json.loads(data.removeprefix("data: "))
         name = name.removeprefix("event: ")
-        return name, said[0] if name == "complete" else said["error"]
+        if name == "complete":
+            return name, said[0] if said else None
+        return name, said["error"]
 
 
 def get(url: str, body: dict | None = None) -> tuple[int, bytes]:

@@ -26,7 +26,7 @@ def rows(space: Served) -> list[tuple[str, str]]:
 
 def begin(space: Served) -> None:
     """Asks for a long answer, and returns when it has begun."""
-    body = {"data": ["hello", None, None, 512, 0]}
+    body = {"data": ["hello", None, None, 512, 0, False]}
     get(f"{space.url}/gradio_api/call/ask", body)
     while not json.loads(get(f"{space.url}/health")[1])["answering"]:
         time.sleep(0.01)
