@@ -17,6 +17,7 @@ ROOM_BYTES = 256 * MEGABYTE  # of the disk, which uploads leave to the records
 NO_ROOM, NO_ROOM_STATUS = "files cannot be kept now: ask without one, or try again later", 507
 # Of pages: the words of users and of the model are Markdown, and may name pictures anywhere.
 OWN_MEDIA = "img-src 'self' data: blob:; media-src 'self' data: blob:; object-src 'none'"
+CLOSED = "/gradio_api/process_recording"  # Gradio's for films of the screen: starts ffmpeg
 MCP = "/gradio_api/mcp"  # its clients write files into JSON, a third longer than they are
 
 
@@ -38,9 +39,11 @@ class Door:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        brings_files = headers.get("content-type", "").startswith("multipart/form-data")
+        brings_files = headers.get("content-type", "").lower().startswith("multipart/form-data")
         body = _Body(receive, self._limit(scope["path"], brings_files), brings_files)
         try:
+            if scope["path"].startswith(CLOSED):
+                raise HTTPException(404)
             body.check(int(headers.get("content-length", 0)))
             if brings_files:
                 self._check_room()
@@ -84,7 +87,7 @@ class _Body:
 
     def __init__(self, receive: Receive, limit: int, brings_files: bool):
         self.receive_more, self.limit, self.brings_files = receive, limit, brings_files
-        self.received = 0
+        self.received, self.ended = 0, False
 
     def check(self, size: int) -> None:
         """Raises HTTPException: the body is larger than it may be."""
@@ -102,7 +105,8 @@ class _Body:
             self.check(self.received)
         except HTTPException as error:
             raise MultiPartException(error.detail) if self.brings_files else error from None
-        if self.brings_files and message["type"] == "http.disconnect":
+        if self.brings_files and not self.ended and message["type"] == "http.disconnect":
             # Gradio removes what it has of a file after this error, and not after a disconnect.
             raise MultiPartException("the connection ended before the file did")
+        self.ended = not message.get("more_body", False)
         return message

@@ -286,7 +286,10 @@ def test_what_looks_like_control_tokens_is_text(space: Served) -> None:
             assert kind == "complete", (text, again)
 
 
-def test_oversize_bodies(space: Served) -> None:
+def test_oversize_bodies_and_what_nobody_needs(space: Served) -> None:
+    film = b'--b\r\nContent-Disposition: form-data; name="video"; filename="a"\r\n\r\nx\r\n--b--'
+    for kind in ("multipart/form-data; boundary=b", "application/json"):
+        assert send(f"{space.url}/gradio_api/process_recording", film, kind)[0] == 404
     upload = f"{space.url}/gradio_api/upload"
     status, said = _declare(space, "/gradio_api/call/ask", 100 * MEGABYTE, "application/json")
     assert status == 413 and "got a request of 100.0 MB or more, expected at most 1.0 MB" in said
