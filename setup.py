@@ -49,6 +49,8 @@ EXTRAS = {
     ],
     "dev": [
         "axe-playwright-python>=0.1.8",
+        "httpx>=0.27",
+        "hypothesis>=6.100",
         "mcp>=1.21",
         "playwright>=1.55",
         "promql-parser>=0.12",

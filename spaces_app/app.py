@@ -135,7 +135,6 @@ def make_copy(settings: Settings, store: Store | None) -> HubCopy | contextlib.n
     except (OSError, sqlite3.Error) as error:
         log.error("records are not copied to %s, for the store fails: %s", settings.dataset, error)
         return contextlib.nullcontext()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # the end of the block sends what is new
     return copy
 
 
@@ -168,7 +167,9 @@ def main() -> None:
     page = ChatPage(engine).build()
     dashboard.Dashboard(engine, records, owner).add_to(page)
     door = Middleware(Door, settings.upload_bytes, Path(get_upload_folder()))
-    with copying:
+    # As Ctrl-C: Gradio ends the streams, the engine writes down what is left, and that is copied.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with copying, contextlib.closing(engine):
         page.launch(
             theme=theme(),
             css=CSS + shown.CSS,

@@ -1,22 +1,28 @@
 """What is let in: bodies of a bounded size, and uploads while the disk has room for them."""
 
+import logging
 import shutil
 from pathlib import Path
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+log = logging.getLogger("phi-mm")
 MEGABYTE = 1 << 20
 WORDS_BYTES = MEGABYTE  # of a body that brings no file: more than any model reads
 ROOM_BYTES = 256 * MEGABYTE  # of the disk, which uploads leave to the records
+NO_ROOM, NO_ROOM_STATUS = "files cannot be kept now: ask without one, or try again later", 507
+# Of pages: the words of users and of the model are Markdown, and may name pictures anywhere.
+OWN_MEDIA = "img-src 'self' data: blob:; media-src 'self' data: blob:; object-src 'none'"
 MCP = "/gradio_api/mcp"  # its clients write files into JSON, a third longer than they are
 
 
 class Door:
-    """Middleware before Gradio, which bounds a file's size and nothing else.
+    """Middleware before Gradio, which bounds a file's size and nothing else; and pages show no
+    pictures but the Space's own.
 
     Args:
         app: what is behind it.
@@ -41,7 +47,21 @@ class Door:
         except HTTPException as error:
             await PlainTextResponse(error.detail, error.status_code)(scope, receive, send)
             return
-        await self.app(scope, body.receive, send)
+
+        async def send_page(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                given = MutableHeaders(scope=message)
+                given.setdefault("x-content-type-options", "nosniff")
+                given.setdefault("content-security-policy", OWN_MEDIA)
+            await send(message)
+
+        try:
+            await self.app(scope, body.receive, send_page)
+        except OSError:
+            if not brings_files:
+                raise
+            log.exception("a file could not be written in %s", self.uploads)
+            await PlainTextResponse(NO_ROOM, NO_ROOM_STATUS)(scope, receive, send)
 
     def _limit(self, path: str, brings_files: bool) -> int:
         if path.startswith(MCP):
@@ -49,11 +69,14 @@ class Door:
         return WORDS_BYTES + (self.upload_bytes if brings_files else 0)
 
     def _check_room(self) -> None:
-        self.uploads.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(self.uploads).free < ROOM_BYTES:
-            raise HTTPException(
-                507, "there is no room for files now: ask without one, or try again in an hour"
-            )
+        try:
+            self.uploads.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.uploads).free
+        except OSError:
+            free = 0
+        if free < ROOM_BYTES:
+            log.error("no file is taken: %d MB are free in %s", free / MEGABYTE, self.uploads)
+            raise HTTPException(NO_ROOM_STATUS, NO_ROOM)
 
 
 class _Body:

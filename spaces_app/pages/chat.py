@@ -1,18 +1,13 @@
 """The page to talk: text, pictures and recordings in, words out."""
 
-from collections.abc import AsyncIterator, Callable
-from functools import partial
+from collections.abc import AsyncIterator
 from pathlib import Path
-from urllib.parse import unquote
 
 import gradio as gr
 from engine.service import Engine
-from gradio.data_classes import ImageData
-from gradio.route_utils import API_PREFIX
-from gradio.utils import get_upload_folder, is_in_or_equal
-from gradio_client.utils import is_http_url_like
 
 from .conversation import Conversation, Turn
+from .fields import Picture, Recording
 from .rating import THUMBS, RatingForm
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -94,7 +89,7 @@ class ChatPage:
             self.clear = gr.Button("Clear", min_width=80)
 
     def _build_media(self) -> None:
-        self.image = gr.Image(
+        self.image = Picture(
             label="Picture",
             type="filepath",
             image_mode=None,
@@ -103,18 +98,13 @@ class ChatPage:
             buttons=["download", "fullscreen"],
             elem_id="picture",
         )
-        # An instance's own: gradio writes a .pyi file beside every subclass.
-        self.image.preprocess = _as_it_came
-        self.audio = gr.Audio(
+        self.audio = Recording(
             label="Recording",
             type="filepath",
             sources=["upload", "microphone"],
             buttons=["download"],
             elem_id="recording",
         )
-        for field in (self.image, self.audio):
-            move = field.async_move_resource_to_block_cache
-            field.async_move_resource_to_block_cache = partial(_uploaded, move)
 
     def _build_settings(self) -> None:
         with gr.Accordion("Settings", open=False):
@@ -335,30 +325,8 @@ class ChatPage:
             raise gr.Error(str(error), print_exception=False) from None
 
 
-def _as_it_came(payload: ImageData | None) -> str | None:
-    """The file that was uploaded, unopened: that it is no picture is told by the engine, in a
-    sentence, and in the conversation.
-    """
-    if payload is None:
-        return None
-    # gradio 6.31 looks at no path of a picture whose `meta` is missing.
-    if payload.path is None or not is_in_or_equal(payload.path, get_upload_folder()):
-        raise gr.Error(f"got {payload.path}, expected a file: upload it", print_exception=False)
-    return payload.path
-
-
 def _named(text: str, image: str, audio: str) -> str:
     """What an example consists of."""
     media = ["a picture"] if image else []
     media += ["a spoken question"] if audio else []
     return " + ".join([text, *media] if text else media)
-
-
-async def _uploaded(move: Callable, path: str | Path) -> str | None:
-    """The uploaded file; an address is not fetched, unless it is that of an uploaded file."""
-    if not is_http_url_like(str(path)):
-        return await move(path)
-    own = unquote(str(path).partition(f"{API_PREFIX}/file=")[2])
-    if not own or not is_in_or_equal(own, get_upload_folder()):
-        raise gr.Error(f"got the address {path}, expected a file: upload it", print_exception=False)
-    return await move(own)

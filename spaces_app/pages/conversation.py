@@ -205,7 +205,7 @@ class Conversation:
             raise ValueError(f"got the rating {rating}, expected 1, -1, or 0 to take it back")
         reason, correction = reason.strip() or None, correction.strip() or None
         words = rating and (reason or correction)  # none go with a rating that is taken back
-        if words and not keep:
+        if words and keep is not True:
             raise ValueError(
                 "got words that may not be kept: tick the box that lets the owner keep what you "
                 "ask and show (keep=True from a program), or send the rating alone"
@@ -232,7 +232,7 @@ class Conversation:
             self.messages(),
             int(max_new_tokens),
             round(temperature, 2),  # one that is nearly 0 makes infinite numbers
-            keep,
+            keep is True,  # nothing else is consent
             parent=before[-1] if before else "",
         )
 

@@ -63,8 +63,8 @@ class Served:
         """The last event for a question, and what it says: an answer, or the error's sentence.
 
         Args:
-            fields: question, picture, recording, longest answer, temperature, whether it may be
-                kept; left out, as usual.
+            fields: question, picture, recording, longest answer, temperature, consent; left out, as
+                usual.
             body: more of the request.
         """
         usual = ["hello", None, None, 16, 0, False]
@@ -80,7 +80,9 @@ class Served:
         name, data = stream.decode().strip().split("\n\n")[-1].split("\n")
         said = json.loads(data.removeprefix("data: "))
         name = name.removeprefix("event: ")
-        return name, said[0] if name == "complete" else said["error"]
+        if name == "complete":
+            return name, said[0] if said else None
+        return name, said["error"]
 
 
 def get(url: str, body: dict | None = None) -> tuple[int, bytes]:
@@ -103,7 +105,8 @@ def serve(artefact: Path, folder: Path, until: str = "ready", **settings: str) -
     """What `phi-mm serve` serves, until the block ends.
 
     Args:
-        until: "ready", the block begins when the model answers; or "health", when there is a page.
+        until: "ready", the block begins when the model answers; "health", when there is a page; or
+            "", when there is a page, whether the model can be loaded or not.
         settings: environment variables.
     """
     with socket.socket() as free:
@@ -132,9 +135,11 @@ def serve(artefact: Path, folder: Path, until: str = "ready", **settings: str) -
             time.sleep(0.1)
         yield space
     finally:
+        children = psutil.Process(process.pid).children() if process.poll() is None else []
         with suppress(ProcessLookupError):  # ended by the test
             os.killpg(process.pid, signal.SIGTERM)  # the process and the Space that it started
         process.wait()
+        psutil.wait_procs(children)
 
 
 def _good(url: str) -> bool:
