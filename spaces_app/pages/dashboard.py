@@ -158,13 +158,8 @@ class Dashboard:
                 plot(gr.LinePlot, title.capitalize(), "percent", "part", x="length")
 
     def _build_requests(self) -> None:
-<<<<<<< HEAD
         gr.Markdown(f"## Requests\nThe newest {ROWS} of this time. Choose one to see all of it.")
-        self.outcome = gr.Dropdown(OUTCOMES, value=ALL, label="Outcome")
-=======
-        gr.Markdown(f"### Requests\nThe newest {ROWS} of this time. Choose one to see all of it.")
         self.outcome = gr.Dropdown([ALL, *figures.OUTCOMES], value=ALL, label="Outcome")
->>>>>>> int
         self.table = gr.Dataframe(
             headers=list(shown.TABLE),
             datatype="str",
