@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
 from phi_mm.hub.destination import told
 
@@ -63,7 +63,8 @@ def open_records(store: str) -> Iterator[dict[str, Turn]]:
         # Not in the cache: what users have deleted on the Hub shall not stay behind here.
         with tempfile.TemporaryDirectory() as copy:
             with told(f"cannot read {store}"):
-                snapshot_download(store, repo_type="dataset", local_dir=copy)
+                commit = HfApi().dataset_info(store).sha  # snapshot_download says less of why not
+                snapshot_download(store, repo_type="dataset", revision=commit, local_dir=copy)
             yield _from_copy(Path(copy), store)
 
 

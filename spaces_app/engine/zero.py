@@ -5,7 +5,6 @@ them there when they are closed here. What that process keeps in memory ends wit
 conversation is read anew unless the same process happens to serve its next turn.
 """
 
-import contextlib
 import logging
 import queue
 import threading
@@ -15,7 +14,16 @@ from dataclasses import replace
 
 import gradio as gr
 
-from .generation import NOTHING_SAID, Answer, Ending, Event, Generator, Interrupted, Request, Text
+from .generation import (
+    NOTHING_SAID,
+    Answer,
+    Ending,
+    Event,
+    Generator,
+    Interrupted,
+    Request,
+    Text,
+)
 
 log = logging.getLogger(__name__)
 START_SECONDS = 10  # moving the weights, and the first call of each kernel
@@ -72,16 +80,17 @@ class LentGenerator:
         """As `Generator.begin`; there may be no token yet."""
         # What is not said when the loan ends would be lost with all that was.
         seconds = min(ending.deadline - time.monotonic(), estimate(request))
-        with _told():
-            loan = Loan(self._lent(request, seconds), emit, ending)
+        loan = Loan(self._lent(request, seconds), emit, ending)
         self.step([loan])
         return loan
 
     def step(self, loans: list[Loan]) -> None:
         """Waits a moment for each; raises what was raised in the other process."""
         for loan in loans:
-            with _told():
+            try:
                 event = next(loan.events)
+            except gr.Error as error:  # of `spaces`: no quota, no GPU, or a loan that was ended
+                raise ValueError(f"the GPU is not to be had: {error.message}") from error
             loan.take(event)
 
     def forget(self, conversation: str) -> None:
@@ -127,15 +136,6 @@ class LentGenerator:
         log.error("a request failed", exc_info=error)
         self.generator.free()
         return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What `spaces` says, of no quota, no GPU or a loan that was ended, becomes a ValueError."""
-    try:
-        yield
-    except gr.Error as error:
-        raise ValueError(f"the GPU is not to be had: {error.message}") from error
 
 
 def estimate(request: Request) -> int:

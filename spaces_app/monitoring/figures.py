@@ -1,4 +1,8 @@
-"""From records to what is plotted: pure functions of a frame of `Records.between`."""
+"""From records to what is plotted: pure functions of a frame of `Records.between`.
+
+All kinds are always in a plot, also those that are not met: gradio 6.31 gives them their colours
+once, and new data no new ones.
+"""
 
 import numpy as np
 import pandas as pd
@@ -6,6 +10,9 @@ import pandas as pd
 from .alerts import FAILED
 
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+OUTCOMES = ("finished", "length", "stopped", "timeout", "refused", "failed")
+GIVEN = ("text alone", "picture", "recording", "picture and recording")
+NEW_MODEL = "new model"
 LENGTHS = {"prompt_tokens": "prompt tokens", "characters": "characters"}
 STEADY, DRIFTING = 0.1, 0.25  # the usual reading of a population stability index
 
@@ -56,32 +63,30 @@ def summary(frame: pd.DataFrame) -> dict[str, str]:
 
 def outcomes(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
     """Requests by outcome."""
-    return _counts(frame, frame.outcome.rename("outcome"), when)
+    return _counts(frame, frame.outcome, OUTCOMES, when, "outcome")
 
 
 def errors(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
-    """Requests that went wrong, by outcome and class of the error."""
-    wrong = frame[frame.outcome.isin((*FAILED, "refused"))]
-    kinds = (wrong.outcome + " " + wrong.error).str.strip()
-    return _counts(wrong, kinds.rename("error"), when)
+    """Requests that went wrong, by outcome."""
+    return _counts(frame, frame.outcome, ("refused", *FAILED), when, "outcome")
+
+
+def error_classes(frame: pd.DataFrame) -> dict[str, int]:
+    """Requests that went wrong, by outcome and class of the error, the most first."""
+    wrong = frame[frame.outcome.isin(("refused", *FAILED))]
+    return (wrong.outcome + " " + wrong.error).str.strip().value_counts().to_dict()
 
 
 def modalities(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
     """Requests by what was given."""
-    pictures, recordings = frame.images > 0, frame.recordings > 0
-    kinds = np.select(
-        [pictures & recordings, pictures, recordings],
-        ["picture and recording", "picture", "recording"],
-        "text alone",
-    )
-    return _counts(frame, pd.Series(kinds, frame.index, dtype=str, name="given"), when)
+    kinds = (frame.images > 0) + 2 * (frame.recordings > 0)
+    return _counts(frame, kinds.map(dict(enumerate(GIVEN))), GIVEN, when, "given")
 
 
 def ratings(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
     """Answers by thumb."""
-    rated = frame[frame.rating.isin([1, -1])]
-    thumbs = rated.rating.map({1: "up", -1: "down"}).astype(str)
-    return _counts(rated, thumbs.rename("thumb"), when)
+    thumbs = frame.rating.map({1: "up", -1: "down"})
+    return _counts(frame, thumbs, ("up", "down"), when, "thumb")
 
 
 def first_token(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
@@ -97,12 +102,16 @@ def speed(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
     return _marked(table, frame, when, "tokens per second")
 
 
-def largest(
-    frame: pd.DataFrame, when: pd.DatetimeIndex, column: str, scale: float = 1.0
-) -> pd.DataFrame:
-    """The largest value of a column; none is 0."""
-    found = frame.groupby("when")[column].max().reindex(when, fill_value=0) / scale
-    return found.rename_axis("when").reset_index()
+def queue(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
+    """Most that waited when somebody asked."""
+    longest = frame.groupby("when").waiting.max().reindex(when, fill_value=0)
+    return longest.rename_axis("when").reset_index()
+
+
+def memory(frame: pd.DataFrame, when: pd.DatetimeIndex) -> pd.DataFrame:
+    """The most memory, in GB."""
+    most = (frame.groupby("when").resident_bytes.max() / 1e9).to_frame("process")
+    return _lines(most, when, "GB")
 
 
 def changes(frame: pd.DataFrame) -> pd.DataFrame:
@@ -137,31 +146,36 @@ def reading(index: float | None) -> str:
 def distribution(before: pd.Series, now: pd.Series) -> pd.DataFrame:
     """Share of requests that are at most so long, then and now."""
     percents = np.linspace(0, 100, 41)
-    parts = [
-        pd.DataFrame({"length": np.percentile(values, percents), "percent": percents, "part": part})
-        for values, part in ((before, "before"), (now, "now"))
-        if len(values)
-    ]
-    empty = pd.DataFrame({"length": [0.0], "percent": [0.0], "part": ["now"]})[:0]
-    return pd.concat(parts) if parts else empty
+    parts = {
+        part: np.percentile(values, percents) if len(values) else np.full(41, np.nan)
+        for part, values in (("before", before), ("now", now))
+    }
+    table = pd.DataFrame(parts | {"percent": percents})
+    return table.melt("percent", var_name="part", value_name="length").astype({"part": str})
 
 
-def _counts(frame: pd.DataFrame, kinds: pd.Series, when: pd.DatetimeIndex) -> pd.DataFrame:
-    table = pd.crosstab(frame.when, kinds).reindex(when, fill_value=0)
-    return _long(table, kinds.name, "requests")
+def _counts(
+    frame: pd.DataFrame, kinds: pd.Series, names: tuple, when: pd.DatetimeIndex, kind: str
+) -> pd.DataFrame:
+    table = pd.crosstab(frame.when, kinds).reindex(index=when, columns=names, fill_value=0)
+    return _long(table, kind, "requests")
 
 
 def _marked(
     table: pd.DataFrame, frame: pd.DataFrame, when: pd.DatetimeIndex, y: str
 ) -> pd.DataFrame:
     """With an upright line for each change of the model: two points, and a gap after them."""
-    lines = _long(table.reindex(when), "series", y)
+    lines = _lines(table.assign(**{NEW_MODEL: np.nan}), when, y)
     times = pd.to_datetime(changes(frame).time.to_numpy(), unit="s")
-    if not len(times):
-        return lines
     heights = np.tile([0.0, lines[y].max(), np.nan], len(times))
-    marks = pd.DataFrame({"when": times.repeat(3), "series": "new model", y: heights})
-    return pd.concat([lines, marks])
+    marks = pd.DataFrame({"when": times.repeat(3), "series": NEW_MODEL, y: heights})
+    return pd.concat([lines, marks]) if len(marks) else lines
+
+
+def _lines(table: pd.DataFrame, when: pd.DatetimeIndex, y: str) -> pd.DataFrame:
+    """Without the pieces that are empty, or a point alone would be no line; but with the ends."""
+    long = _long(table.reindex(when), "series", y)
+    return long[long[y].notna() | long.when.isin(when[[0, -1]])]
 
 
 def _long(table: pd.DataFrame, kind: str, y: str) -> pd.DataFrame:

@@ -71,7 +71,7 @@ class _Now(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         for name, about, value in (
             ("waiting", "Requests in the queue", self.engine.waiting),
-            ("answering", "1 while a request is answered", self.engine.answering),
+            ("answering", "Requests that are answered now", self.engine.answering),
             ("ready", "1 when the model answers", self.engine.ready),
             (
                 "records_not_stored",

@@ -48,9 +48,8 @@ class Records:
         rows = self._rows(f"SELECT {', '.join(columns)} FROM {RATED} WHERE id = ?", request)
         if not rows:
             return None
-        found = dict(
-            zip([name.removeprefix("requests.") for name in columns], rows[0], strict=True)
-        )
+        names = [name.removeprefix("requests.") for name in columns]
+        found = dict(zip(names, rows[0], strict=True))
         found["media"] = [self.folder / "media" / name for name in json.loads(found["media"])]
         return found
 

@@ -12,6 +12,7 @@ import pandas as pd
 from . import figures
 
 MOST_CHANGES = 5  # of the model, that are named
+MOST_CLASSES = 12  # of errors
 LARGEST_MEDIUM = 20 << 20  # bytes that are sent to be shown
 TABLE = {
     "time (UTC)": "when",
@@ -29,11 +30,13 @@ TABLE = {
     "request": "id",
 }
 CSS = """
+.nav-holder {display: none}  /* visitors have no business with the dashboard */
 .tiles {display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 0.6rem}
 .tiles div {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 0.6rem}
 .tiles div {background: var(--block-background-fill)}
 .tiles dt {font-size: 0.8rem; opacity: 0.75}
 .tiles dd {font-size: 1.15rem; margin: 0; font-weight: 600; overflow-wrap: anywhere}
+#tiles p {margin: 0.6rem 0}
 .media img, .media audio {max-width: 100%; max-height: 24rem}
 """
 
@@ -50,6 +53,12 @@ def tiles(numbers: dict[str, Any]) -> str:
 def state(sentence: str) -> str:
     """How the engine is."""
     return f"<p>{html.escape(sentence)}</p>"
+
+
+def errors(frame: pd.DataFrame) -> str:
+    """How often which class of error, the most frequent ones."""
+    classes = list(figures.error_classes(frame).items())[:MOST_CLASSES]
+    return f"<p>Errors by class</p>{tiles(dict(classes))}" if classes else ""
 
 
 def changes(frame: pd.DataFrame) -> str:

@@ -23,7 +23,7 @@ NO_STORE = """Nothing is kept, so there is nothing to show. Set `PHI_MM_STORE` t
 start the Space again."""
 PIECES = 60  # of a time, in a plot
 ROWS = 200  # of the table
-GREEN, YELLOW, RED, GREY = "#10b981", "#f59e0b", "#ef4444", "#94a3b8"
+GREEN, YELLOW, RED, GREY, BLUE = "#10b981", "#f59e0b", "#ef4444", "#94a3b8", "#6366f1"
 COLORS = {
     "outcome": {
         "finished": GREEN,
@@ -34,8 +34,14 @@ COLORS = {
         "failed": RED,
     },
     "thumb": {"up": GREEN, "down": RED},
-    "series": {"p50": GREEN, "p95": YELLOW, "p99": RED, "median": GREEN, "new model": "#6366f1"},
-    "part": {"before": GREY, "now": "#6366f1"},
+    "series": {
+        "p50": GREEN,
+        "p95": YELLOW,
+        "p99": RED,
+        "median": GREEN,
+        figures.NEW_MODEL: BLUE,
+    },
+    "part": {"before": GREY, "now": BLUE},
 }
 DOWNLOAD = """(text) => {
     const link = document.createElement("a");
@@ -67,7 +73,6 @@ SPANS = {
     "all": Span(None, 60.0),
 }
 ALL = "all outcomes"
-OUTCOMES = [ALL, "finished", "length", "stopped", "timeout", "refused", "failed"]
 
 
 class Dashboard:
@@ -132,7 +137,7 @@ class Dashboard:
 
         with gr.Row():
             plot(gr.BarPlot, "Requests", "requests", "outcome")
-            plot(gr.BarPlot, "Errors", "requests", "error")
+            plot(gr.BarPlot, "Errors", "requests", "outcome")
         with gr.Row():
             plot(gr.LinePlot, "Time to the first token", "seconds", "series")
             plot(gr.LinePlot, "Speed", "tokens per second", "series")
@@ -154,7 +159,7 @@ class Dashboard:
 
     def _build_requests(self) -> None:
         gr.Markdown(f"## Requests\nThe newest {ROWS} of this time. Choose one to see all of it.")
-        self.outcome = gr.Dropdown(OUTCOMES, value=ALL, label="Outcome")
+        self.outcome = gr.Dropdown([ALL, *figures.OUTCOMES], value=ALL, label="Outcome")
         self.table = gr.Dataframe(
             headers=list(shown.TABLE),
             datatype="str",
@@ -236,7 +241,6 @@ class Dashboard:
         frame, when = figures.prepare(records, width), figures.pieces(since, now, width)
         inside, lengths = frame[frame.time >= since], frame[frame.prompt_tokens > 0]
         before, after = lengths[lengths.time < middle], lengths[lengths.time >= middle]
-        memory = figures.largest(inside, when, "resident_bytes", 1e9)
         return [
             self._summary(inside),
             shown.drift(before, after),
@@ -244,8 +248,8 @@ class Dashboard:
             figures.errors(inside, when),
             figures.first_token(inside, when),
             figures.speed(inside, when),
-            figures.largest(inside, when, "waiting"),
-            memory.rename(columns={"resident_bytes": "GB"}),
+            figures.queue(inside, when),
+            figures.memory(inside, when),
             figures.modalities(inside, when),
             figures.ratings(inside, when),
             *(figures.distribution(before[name], after[name]) for name in figures.LENGTHS),
@@ -259,7 +263,8 @@ class Dashboard:
             "memory now": f"{memory / 1e9:.2f} GB",
         }
         numbers = shown.tiles(now | figures.summary(frame))
-        return shown.state(engine.describe()) + numbers + shown.changes(frame)
+        parts = [shown.state(engine.describe()), numbers, shown.errors(frame), shown.changes(frame)]
+        return "".join(parts)
 
     def _open(self, logged_in: bool, request: str) -> list:
         _check(logged_in)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from .hub_copy import AWAY, delete_conversation
+from .hub_copy import AWAY, delete_conversations
 from .store import DATABASE, Store
 
 
@@ -44,7 +44,7 @@ def delete(store: str, conversation: str) -> str:
             records.close()
     if folder.exists() or store.count("/") != 1:
         raise ValueError(f"got {store}, expected a folder with {DATABASE}, or the id of a data set")
-    there = delete_conversation(HfApi(), store, conversation)
+    there = delete_conversations(HfApi(), store, [conversation])
     return "deleted from the data set" if there else "the data set holds nothing of it"
 
 

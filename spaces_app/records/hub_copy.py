@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sqlite3
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -74,9 +75,9 @@ class HubCopy(CommitScheduler):
         """
         try:
             self._prepare()
-            for conversation in self.outbox.deletions():
-                delete_conversation(self.hub, self.dataset, conversation)
-                self.outbox.deleted(conversation)
+            if deleted := self.outbox.deletions():
+                delete_conversations(self.hub, self.dataset, deleted)
+                self.outbox.deleted(deleted)
             done = self._commit()
         except (*AWAY, sqlite3.Error, RuntimeError, ValueError) as error:
             if not self._failing:
@@ -153,23 +154,19 @@ def folder_of(conversation: str) -> str:
     return f"conversations/{name[:2]}/{name}"
 
 
-def delete_conversation(hub: HfApi, dataset: str, conversation: str) -> bool:
-    """Deletes a conversation from a data set and from its history; may be repeated.
+def delete_conversations(hub: HfApi, dataset: str, conversations: Sequence[str]) -> int:
+    """Deletes conversations from a data set and from its history; may be repeated.
 
     Returns:
-        Whether there was anything.
+        How many there were.
 
     Raises:
         HTTPError, OSError: the Hub is away, or does not allow it.
     """
-    folder = folder_of(conversation)
-    try:
-        there = any(hub.list_repo_tree(dataset, folder, repo_type=DATASET))
-    except EntryNotFoundError:
-        there = False
-    if there:
-        gone = [CommitOperationDelete(f"{folder}/", is_folder=True)]
-        message = "a conversation is deleted"
+    folders = [name for name in map(folder_of, conversations) if _is_there(hub, dataset, name)]
+    if folders:
+        gone = [CommitOperationDelete(f"{folder}/", is_folder=True) for folder in folders]
+        message = f"{len(gone)} conversations are deleted"
         hub.create_commit(dataset, gone, repo_type=DATASET, commit_message=message)
     hub.super_squash_history(dataset, repo_type=DATASET)
     entries = hub.list_repo_tree(dataset, recursive=True, repo_type=DATASET)
@@ -177,7 +174,14 @@ def delete_conversation(hub: HfApi, dataset: str, conversation: str) -> bool:
     kept = hub.list_lfs_files(dataset, repo_type=DATASET)
     unnamed = [file for file in kept if named.isdisjoint((file.file_oid, file.oid))]
     hub.permanently_delete_lfs_files(dataset, unnamed, repo_type=DATASET)
-    return there
+    return len(folders)
+
+
+def _is_there(hub: HfApi, dataset: str, folder: str) -> bool:
+    try:
+        return any(hub.list_repo_tree(dataset, folder, repo_type=DATASET))
+    except EntryNotFoundError:
+        return False
 
 
 def _words(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """What of the records is still to be copied to the Hub, or to be deleted there: kept in SQLite."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from .record import COLUMNS
@@ -68,7 +69,9 @@ class Outbox:
 
     def sent(self, number: int) -> None:
         """Notes that the data set has the rows up to a number."""
-        self._change("UPDATE copies SET cursor = ? WHERE dataset = ?", number, self.dataset)
+        change = "UPDATE copies SET cursor = ? WHERE dataset = ?"
+        with self.store.transaction() as connection:
+            connection.execute(change, [number, self.dataset])
 
     def deletions(self) -> list[str]:
         """Names of conversations that are deleted here and not there."""
@@ -76,11 +79,8 @@ class Outbox:
         with self.store.transaction() as connection:
             return [name for (name,) in connection.execute(query, [self.dataset])]
 
-    def deleted(self, conversation: str) -> None:
-        """Notes that the data set holds nothing of a conversation any more."""
+    def deleted(self, conversations: Sequence[str]) -> None:
+        """Notes that the data set holds nothing of these any more."""
         query = "DELETE FROM deletions WHERE dataset = ? AND conversation = ?"
-        self._change(query, self.dataset, conversation)
-
-    def _change(self, statement: str, *values: Any) -> None:
         with self.store.transaction() as connection:
-            connection.execute(statement, values)
+            connection.executemany(query, [(self.dataset, name) for name in conversations])

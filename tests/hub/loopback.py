@@ -12,7 +12,7 @@ connection half-way through an upload or a download.
 
 What it does not imitate: Xet (clients must set HF_HUB_DISABLE_XET=1, and so upload and download by
 LFS), git itself (commit ids are hashes of the tree and its parent, not git's), pull requests, tags,
-data sets and Spaces, gated repositories, fine-grained tokens, quotas and rate limits, pages of a
+gated repositories, fine-grained tokens, quotas and rate limits, pages of a
 long listing, files too large for a commit, `.gitattributes` and `.gitignore` (weights are LFS by
 their ending), malware scans, and the Hub's schema of card metadata: it parses the YAML and asks for
 no more. Nothing is written to disk; TLS is absent,
@@ -31,6 +31,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 from loopback_history import History
+from loopback_spaces import Spaces
 from loopback_state import Account, HubState, Refusal, Repository, Seen
 
 MEDIA_ENDINGS = (".png", ".jpg", ".wav", ".flac")  # LFS in data sets
@@ -58,7 +59,7 @@ class LoopbackHub(HubState):
         self._server.server_close()
 
 
-class _Handler(History, BaseHTTPRequestHandler):
+class _Handler(History, Spaces, BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body are two writes, 40 ms apart with it
@@ -202,33 +203,6 @@ class _Handler(History, BaseHTTPRequestHandler):
         return entry | (
             {"lfs": {"oid": oid, "size": size, "pointerSize": 134}} if kind == "lfs" else {}
         )
-
-    # Spaces
-
-    def variables(self, id: str) -> None:
-        kept = self.hub.writable(id, self.account).variables
-        if self.command == "POST":
-            asked = json.loads(self.body)
-            kept[asked["key"]] = asked["value"]
-        self.send_json({key: {"value": value} for key, value in kept.items()})
-
-    def space_secrets(self, id: str) -> None:
-        kept = self.hub.writable(id, self.account).secrets
-        if self.command == "POST":
-            asked = json.loads(self.body)
-            kept[asked["key"]] = asked["value"]
-        self.send_json({key: {} for key in kept})
-
-    def hardware(self, id: str) -> None:
-        self.hub.writable(id, self.account).hardware = json.loads(self.body)["flavor"]
-        self.runtime(id)
-
-    def runtime(self, id: str) -> None:
-        repository = self.hub.readable(id, self.account)
-        started = "app.py" in repository.commits[repository.branches["main"]]
-        stage = "BUILDING" if started else "NO_APP_FILE"
-        hardware = {"current": None, "requested": repository.hardware}
-        self.send_json({"stage": stage, "hardware": hardware})
 
     # Uploads
 

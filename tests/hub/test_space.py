@@ -1,12 +1,9 @@
 """deploy-space: the folder, its trial, and the Space on a Hub on the loopback."""
 
-import ast
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from huggingface_hub import HfApi
 from loopback import LoopbackHub
 from packaging.requirements import Requirement
 
-from phi_mm.checkout import CONSTRAINTS, LICENSE, ROOT, SPACE
+from phi_mm.checkout import CONSTRAINTS, LICENSE, SPACE
 from phi_mm.cli import main
 from phi_mm.hub.space import folder as space_folder
 from phi_mm.hub.space.check import check_build, install, start_and_ask
@@ -372,34 +369,3 @@ def test_the_real_space_is_started_and_asked(
     answer = start_and_ask(python, tmp_path / "talk", variables | there, {}, work)
     assert isinstance(answer, str) and (work / "store" / "requests.sqlite3").is_file()
     assert "__pycache__" not in "".join(contents(tmp_path / "talk"))
-
-
-def test_requirements_name_all_that_the_space_imports() -> None:
-    required = {r.name.lower(): r for r in read_requirements(SPACE / "requirements.txt")}
-    own = {path.stem for path in SPACE.iterdir()}
-    distributions = packages_distributions()
-    for path in SPACE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.level == 0:
-                names = [node.module]
-            for name in {name.split(".")[0] for name in names} - own - sys.stdlib_module_names:
-                if name != "spaces":  # the Hub's own, which its machines have
-                    found = {d.lower() for d in distributions[name]}
-                    assert found & set(required), f"{path} imports {name}"
-
-
-def test_requirements_agree_with_the_packages_and_are_pinned() -> None:
-    lists = {}
-    for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign):
-            lists[node.targets[0].id] = ast.literal_eval(node.value)
-    core, app = (
-        {str(Requirement(r)) for r in some} for some in (lists["CORE"], lists["EXTRAS"]["app"])
-    )
-    required = read_requirements(SPACE / "requirements.txt")
-    assert {str(r) for r in required} <= core | app and app <= {str(r) for r in required}
-    pins = {r.name.lower(): str(r.specifier) for r in read_requirements(CONSTRAINTS)}
-    for requirement in required:
-        version = re.fullmatch(r"==([\d.]+)", pins[requirement.name.lower()])
-        assert version and requirement.specifier.contains(version[1]), requirement

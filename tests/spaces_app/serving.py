@@ -63,10 +63,11 @@ class Served:
         """The last event for a question, and what it says: an answer, or the error's sentence.
 
         Args:
-            fields: question, picture, recording, longest answer, temperature; left out, as usual.
+            fields: question, picture, recording, longest answer, temperature, whether it may be
+                kept; left out, as usual.
             body: more of the request.
         """
-        usual = ["hello", None, None, 16, 0]
+        usual = ["hello", None, None, 16, 0, False]
         fields = [*fields, *usual[len(fields) :]]
         status, said = get(f"{self.url}/gradio_api/call/ask", {"data": fields, **body})
         if status != 200:

@@ -1,11 +1,18 @@
 """The records' copy on the Hub: what goes there, what is deleted there, and a Hub that is away."""
 
 import json
+import os
+import socket
 import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from gradio_client import Client
+from httpx import HTTPError
 from loopback import LoopbackHub
 from records import hub_copy
 from records.hub_copy import HubCopy, folder_of
@@ -16,6 +23,7 @@ from settings import Settings
 
 from phi_mm.cli import main
 
+SPACE = Path(__file__).parents[2] / "spaces_app"
 SECRET = "my secret is a green moon"
 NAMES = {letter: letter * 32 for letter in "abcd"}
 NOWHERE = "http://127.0.0.1:9"
@@ -240,3 +248,34 @@ def test_settings_of_the_data_set(artefact: Path, tmp_path: Path) -> None:
     for wrong in ({"PHI_MM_DATASET": "ann"}, {"PHI_MM_STORE": ""}, {"PHI_MM_DATASET": "a/../b"}):
         with pytest.raises(ValueError, match="expected OWNER/NAME, and a folder for the records"):
             Settings.read(given | wrong)
+
+
+def test_the_whole_space_copies_its_records(
+    loopback, owner, artefact: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_SERVER_PORT": str(port),
+        "PHI_MM_DATASET": f"{owner}/records",
+        "PHI_MM_DATASET_MINUTES": "1000",
+        "PHI_MM_MODEL": str(artefact),
+        "PHI_MM_STORE": str(tmp_path / "store"),
+    }
+    with (tmp_path / "log").open("w") as log:
+        start = {"cwd": SPACE, "env": env, "stdout": log, "stderr": log}
+        process = subprocess.Popen([sys.executable, "app.py"], **start)
+        for _ in range(600):
+            try:
+                client = Client(f"http://127.0.0.1:{port}", verbose=False)
+                break
+            except (OSError, HTTPError):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+        client.predict("hello", length=16, keep=True, api_name="/ask")
+        process.terminate()
+        assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+        ((_, rows),) = lines(loopback.files(f"datasets/{owner}/records"))
+        assert [row["question"] for row in rows] == ["hello"]

@@ -181,3 +181,10 @@ def test_settings_say_what_is_wrong(artefact: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Settings.read(given)
+
+
+def test_the_owners_pages_are_closed_without_a_secret(url: str) -> None:
+    status, body = get(f"{url}/metrics")
+    assert status == 403 and body.startswith(b"got no PHI_MM_OWNER_SECRET")
+    status, body = get(f"{url}/dashboard")
+    assert status == 200 and b"No secret is set, so nobody is let in." in body
