@@ -148,7 +148,7 @@ class Dashboard:
             plot(gr.BarPlot, "What was given", "requests", "given")
             plot(gr.BarPlot, "Thumbs", "requests", "thumb")
         gr.Markdown(
-            "### Lengths of questions\nThis time against the time before it of the same length; of "
+            "## Lengths of questions\nThis time against the time before it of the same length; of "
             "all, the second half against the first. Each line tells how many percent of the "
             "questions are at most so long."
         )
@@ -158,7 +158,7 @@ class Dashboard:
                 plot(gr.LinePlot, title.capitalize(), "percent", "part", x="length")
 
     def _build_requests(self) -> None:
-        gr.Markdown(f"### Requests\nThe newest {ROWS} of this time. Choose one to see all of it.")
+        gr.Markdown(f"## Requests\nThe newest {ROWS} of this time. Choose one to see all of it.")
         self.outcome = gr.Dropdown([ALL, *figures.OUTCOMES], value=ALL, label="Outcome")
         self.table = gr.Dataframe(
             headers=list(shown.TABLE),

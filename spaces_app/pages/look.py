@@ -10,6 +10,7 @@ CSS = """
 #talk img {max-height: 12rem; width: auto}
 #talk [aria-label=Share], #talk .message-buttons:has(.download-link) {display: none}
 #talk .message-row {margin-block: 0.5rem 0.25rem}
+#talk .message-row:first-child {margin-top: 2.25rem}
 #talk .message-buttons + .bot-row:has(em:only-child) {margin-top: 0.25rem}
 #talk .message-buttons + .bot-row:has(em:only-child) .message {
   background: none; border: none; box-shadow: none; padding: 0 0 0.5rem}
@@ -45,6 +46,8 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_dark="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_hover_dark="*primary_700",
+        checkbox_label_background_fill_selected="*primary_600",
+        checkbox_label_background_fill_selected_dark="*primary_600",
         input_placeholder_color="*neutral_500",
         input_placeholder_color_dark="*neutral_300",
     )

@@ -90,6 +90,6 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
 def talk(visit: Callable[..., Page], space: Served) -> Talk:
     """The page with its settings open and answers of 16 letters."""
     talk = Talk(visit(space.url))
-    talk.button("Settings ▼").click()
+    talk.open_settings()
     talk.set("Longest answer", 16)
     return talk

@@ -50,11 +50,21 @@ class Talk:
         """The messages of "user" or "bot", one after the other."""
         return self.conversation.get_by_test_id(who)
 
+    def open_settings(self) -> None:
+        expect(self.page.get_by_text("Ready:")).to_be_visible()
+        self.button("Settings ▼").click()
+
     def set(self, name: str, value: float) -> None:
         """A slider of the settings, which are open."""
         number = self.page.get_by_label(f"number input for {name}")
-        number.fill(str(value))
-        number.press("Tab")
+        slider = self.page.get_by_label(f"range slider for {name}")
+        for _ in range(20):  # what is typed while gradio still builds the page is lost
+            number.fill(str(value))
+            number.press("Tab")
+            self.page.wait_for_timeout(100)
+            if slider.input_value() == str(value):
+                return
+        raise AssertionError(f"{name} is {slider.input_value()}, and not {value}")
 
     def show(self, path: Path | str) -> None:
         """Uploads a picture."""

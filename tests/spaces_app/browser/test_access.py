@@ -28,7 +28,7 @@ def test_axe_finds_nothing(
     expect(talk.page.get_by_text("Ready:")).to_be_visible()
     dark = talk.page.evaluate("document.body.classList.contains('dark')")
     assert dark == (scheme == "dark")
-    talk.button("Settings ▼").click()
+    talk.open_settings()
     talk.set("Longest answer", 16)
     talk.show(f"{media}/0.png")
     talk.play(f"{media}/1.wav")
@@ -40,6 +40,8 @@ def test_axe_finds_nothing(
     told = {fault["id"]: [node["html"] for node in fault["nodes"]] for fault in faults}
     assert told.keys() <= GRADIOS_OWN, told
     assert talk.page.evaluate("document.documentElement.lang") == "en"
+    loaded = talk.page.evaluate("performance.getEntriesByType('resource').map(e => e.name)")
+    assert loaded and all(url.startswith((space.url, "blob:", "data:")) for url in loaded)
     expect(talk.conversation).to_have_attribute("aria-live", "polite")
 
 

@@ -181,7 +181,7 @@ def test_a_conversation_is_of_one_page_as_long_as_it_is_open(
     talk: Talk, visit: Callable[..., Page], space: Served, media: Path, expected: Callable
 ) -> None:
     other = Talk(visit(space.url))
-    other.button("Settings ▼").click()
+    other.open_settings()
     other.set("Longest answer", 16)
     talk.show(f"{media}/0.png")
     mine = talk.ask("what?")
@@ -193,6 +193,6 @@ def test_a_conversation_is_of_one_page_as_long_as_it_is_open(
     talk.page.reload()
     expect(talk.page.get_by_text("Ready:")).to_be_visible()
     expect(talk.said_by("user")).to_have_count(0)
-    talk.button("Settings ▼").click()
+    talk.open_settings()
     talk.set("Longest answer", 16)
     assert talk.ask("what?") == expected([user("what?")])
