@@ -11,7 +11,6 @@ import gradio as gr
 from gradio.data_classes import FileData
 from gradio.route_utils import API_PREFIX
 from gradio.utils import get_upload_folder, is_in_or_equal
-from gradio_client.utils import is_http_url_like
 
 
 def _taken(payload: FileData | None) -> str | None:
@@ -26,7 +25,7 @@ def _taken(payload: FileData | None) -> str | None:
 
 def _without_address(path: str | Path | None) -> str | Path | None:
     """The path; no address is fetched, and that of an uploaded file becomes its path."""
-    if path is None or not is_http_url_like(str(path)):
+    if not str(path).startswith(("http://", "https://")):
         return path
     own = unquote(str(path).partition(f"{API_PREFIX}/file=")[2])
     if not own or not is_in_or_equal(own, get_upload_folder()):
