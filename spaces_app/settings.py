@@ -94,7 +94,7 @@ class Settings:
             revision=revision,
             precision=precision,
             media_bytes=_number(given, "PHI_MM_MEDIA_MB", 256) * MEGABYTE,
-            prefix_bytes=_number(given, "PHI_MM_PREFIX_MB", 1024) * MEGABYTE,
+            prefix_bytes=_number(given, "PHI_MM_PREFIX_MB", 3072) * MEGABYTE,
             limits=limits,
             upload_bytes=_number(given, "PHI_MM_UPLOAD_MB", 32) * MEGABYTE,
             media=media,

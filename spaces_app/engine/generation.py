@@ -15,9 +15,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .decoding import SideBySide, attend_side_by_side
 from .media import MediaLimits
-from .prefix import PrefixStore
+from .prefix import PrefixStore, bytes_per_token
 from .prompt import Prompt, PromptReader
 
+SHORTEST = 32  # tokens that a conversation must be able to have
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a part of a character's bytes decodes to
 
 
@@ -142,6 +143,7 @@ class Sequence:
         self.media_seconds = self.first_token_seconds = 0.0
         self.text = ""
         self.ids: list[int] = []
+        self.reserved = 0  # bytes, for its keys and values
         self.answer: Answer | None = None  # when it has come to its end
 
     def read(self, prompt: Prompt, cache: Cache, reused: int, limit: int) -> None:
@@ -204,7 +206,8 @@ class Generator:
     Args:
         model, processor: of the artefact, in eval mode.
         media_budget: bytes of tower outputs to keep.
-        prefix_budget: bytes of keys and values to keep.
+        prefix_budget: bytes of keys and values, of answers under way and of what is kept of
+            conversations; one conversation may take half of it.
         about: what it is, in a few words for the page.
         precision, name: of the model, for the records; the name tells its revision too.
         limits: of the files that are opened.
@@ -223,7 +226,16 @@ class Generator:
     ):
         self.model, self.processor = model, processor
         self.about, self.precision, self.name = about, precision, name
-        self.reader = PromptReader(model, processor, media_budget, limits or MediaLimits())
+        self._token_bytes = bytes_per_token(model.config, model.dtype.itemsize)
+        context = model.config.text_config.max_position_embeddings
+        context = min(context, prefix_budget // 2 // self._token_bytes)
+        if context < SHORTEST:
+            raise ValueError(
+                f"got {prefix_budget} bytes for keys and values, half of which holds conversations "
+                f"of {context} tokens, expected {SHORTEST} or more: raise PHI_MM_PREFIX_MB"
+            )
+        limits = limits or MediaLimits()
+        self.reader = PromptReader(model, processor, media_budget, limits, context)
         self.prefixes = PrefixStore(model.config, prefix_budget)
         attend_side_by_side(model)
 
@@ -244,22 +256,43 @@ class Generator:
         sequence = Sequence(request, emit, ending)
         with _interruptible(self.model, ending):
             prompt = self.reader.read(request.messages)
-            limit = min(request.max_new_tokens, self.reader.context - prompt.ids.shape[1])
+            length = prompt.ids.shape[1]
+            limit = min(request.max_new_tokens, self.reader.context - length)
             sequence.read(prompt, *self.prefixes.take(request.conversation, prompt), limit)
-            logits = self._read_prompt(sequence)
-        self._go_on(sequence, logits)
+            sequence.reserved = (length + limit) * self._token_bytes
+            self.prefixes.kept.reserve(sequence.reserved)
+            with self._released_if_broken([sequence]):
+                self._go_on(sequence, self._read_prompt(sequence))
         return sequence
 
-    @torch.no_grad()
+    @property
+    def has_room(self) -> bool:
+        """Whether there is memory for the keys and values of one more answer."""
+        return self.prefixes.kept.reserved * 2 <= self.prefixes.kept.budget
+
     def step(self, sequences: list[Sequence]) -> None:
         """One more token for each of several answers that have not come to their end."""
-        by_regime = itertools.groupby(
-            sorted(sequences, key=self._is_long), key=self._is_long
-        )  # one pass turns all its positions in one way
-        for _, some in by_regime:
-            together = list(some)
-            for sequence, logits in zip(together, self._next_logits(together), strict=True):
-                self._go_on(sequence, logits)
+        with torch.no_grad(), self._released_if_broken(sequences):
+            # One pass turns all its positions in one way.
+            in_order = sorted(sequences, key=self._is_long)
+            for _, some in itertools.groupby(in_order, key=self._is_long):
+                together = list(some)
+                for sequence, logits in zip(together, self._next_logits(together), strict=True):
+                    self._go_on(sequence, logits)
+
+    @contextlib.contextmanager
+    def _released_if_broken(self, sequences: list[Sequence]) -> Iterator[None]:
+        """Gives back what is reserved for answers that come to no end."""
+        try:
+            yield
+        except BaseException:
+            for sequence in sequences:
+                self._release(sequence)
+            raise
+
+    def _release(self, sequence: Sequence) -> None:
+        self.prefixes.kept.reserve(-sequence.reserved)
+        sequence.reserved = 0
 
     def forget(self, conversation: str) -> None:
         """Frees what is kept of a conversation."""
@@ -330,6 +363,7 @@ class Generator:
 
     def _end(self, sequence: Sequence, ended: str) -> None:
         sequence.end(ended)
+        self._release(sequence)
         conversation = sequence.request.conversation
         self.prefixes.keep(conversation, sequence.prompt, sequence.ids, sequence.cache)
 

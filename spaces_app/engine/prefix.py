@@ -15,6 +15,18 @@ from .prompt import Prompt
 from .store import BoundedStore
 
 
+def bytes_per_token(config: PreTrainedConfig, number: int) -> int:
+    """What keys and values of one position take.
+
+    Args:
+        config: of the artefact.
+        number: bytes of one number of them.
+    """
+    text = config.text_config
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * width * number
+
+
 @dataclass
 class Prefix:
     """What was computed for a conversation: one key for each position of the cache."""

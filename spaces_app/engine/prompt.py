@@ -69,6 +69,7 @@ class PromptReader:
         model, processor: of the artefact.
         budget: bytes of tower outputs to keep.
         limits: of the files that are opened.
+        context: positions that a conversation may have.
     """
 
     def __init__(
@@ -77,14 +78,10 @@ class PromptReader:
         processor: ProcessorMixin,
         budget: int,
         limits: MediaLimits,
+        context: int,
     ):
-        self.model, self.processor, self.limits = model, processor, limits
+        self.model, self.processor, self.limits, self.context = model, processor, limits, context
         self.features: BoundedStore[torch.Tensor | str] = BoundedStore(budget)
-
-    @property
-    def context(self) -> int:
-        """Positions that the language model has."""
-        return self.model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
     def read(self, messages: list[dict[str, Any]]) -> Prompt:
@@ -92,8 +89,7 @@ class PromptReader:
 
         Raises:
             UnusableFile: a file cannot be opened, or is larger than may be.
-            ValueError: the model has no tower for a file, or the conversation is longer than the
-                model's context.
+            ValueError: the model has no tower for a file, or the conversation is too long.
         """
         media = _Media()
         filled = [

@@ -261,12 +261,11 @@ class Engine:
         those who are being answered do not wait for many prompts to be read.
         """
         busy = {ticket.request.conversation for ticket in self._begun}
+        full = len(busy) >= self.limits.together or (busy and not self.generator.has_room)
+        ticket = None if full else self._turns.take(0 if busy else IDLE_SECONDS, busy)
         for conversation in self._forgotten - busy:
             self.generator.forget(conversation)
             self._forgotten.discard(conversation)
-        if len(self._begun) >= self.limits.together:
-            return
-        ticket = self._turns.take(0 if busy else IDLE_SECONDS, busy)
         if ticket is None:
             return
         self._tell_places()

@@ -8,11 +8,11 @@ Value = TypeVar("Value")
 
 
 class BoundedStore(Generic[Value]):
-    """Values by key, together never larger than `budget` bytes."""
+    """Values by key, together with what is reserved never larger than `budget` bytes."""
 
     def __init__(self, budget: int):
         self.budget = budget
-        self.used = 0
+        self.used = self.reserved = 0
         self._entries: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -29,14 +29,22 @@ class BoundedStore(Generic[Value]):
         return self._entries[key][0]
 
     def put(self, key: Hashable, value: Value, size: int) -> None:
-        """Keeps a value of `size` bytes; what is larger than the whole budget is not kept."""
+        """Keeps a value of `size` bytes; what is larger than all there is room for is not kept."""
         self.pop(key)
-        if size > self.budget:
+        if size > self.budget - self.reserved:
             return
-        while self.used + size > self.budget:
-            self.pop(next(iter(self._entries)))
+        self._let_go(self.budget - self.reserved - size)
         self._entries[key] = (value, size)
         self.used += size
+
+    def reserve(self, size: int) -> None:
+        """Leaves room for `size` bytes that are used elsewhere; gives it back when negative."""
+        self.reserved += size
+        self._let_go(self.budget - self.reserved)
+
+    def _let_go(self, most: int) -> None:
+        while self._entries and self.used > most:
+            self.pop(next(iter(self._entries)))
 
     def pop(self, key: Hashable) -> Value | None:
         """Takes the value out, if it is there."""

@@ -93,6 +93,11 @@ class LentGenerator:
                 raise ValueError(f"the GPU is not to be had: {error.message}") from error
             loan.take(event)
 
+    @property
+    def has_room(self) -> bool:
+        """The other process has its own memory."""
+        return True
+
     def forget(self, conversation: str) -> None:
         """Nothing is kept here."""
 

@@ -162,13 +162,24 @@ def test_memory_stays_within_its_budget(loaded, media: Path) -> None:
     length = processor.apply_chat_template(
         question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )["input_ids"].shape[1]
-    kept = (length + 5) * one_token
-    generator = Generator(model, processor, 2 * 16 * 16 * 4, 2 * kept)
-    answers = {}
-    for name in ("a", "b", "a", "c"):
-        answers[name] = generator.answer(Request(name, question, 6), lambda e: None, ending())
+    kept, whole = (length + 5) * one_token, (length + 6) * one_token
+    generator = Generator(model, processor, 2 * 16 * 16 * 4, 4 * whole)
+    for name in ("a", "b", "a", "c", "d", "e"):
+        generator.answer(Request(name, question, 6), lambda e: None, ending())
+    assert generator.prefixes.kept.used == 4 * kept
+    assert [name in generator.prefixes.kept for name in "abcde"] == [True, False, True, True, True]
+    going = [generator.begin(Request(n, question, 6), lambda e: None, ending()) for n in "ae"]
+    assert generator.prefixes.kept.reserved == 2 * whole and generator.has_room
     assert generator.prefixes.kept.used == 2 * kept
-    assert [name in generator.prefixes.kept for name in "abc"] == [True, False, True]
+    going.append(generator.begin(Request("f", question, 6), lambda e: None, ending()))
+    assert not generator.has_room and generator.prefixes.kept.used == kept
+    with pytest.raises(ValueError, match=f"expected fewer than {2 * length + 12}: clear it"):
+        generator.answer(Request("g", [user("long " * 30)], 6), lambda e: None, ending())
+    while going := [sequence for sequence in going if sequence.answer is None]:
+        generator.step(going)
+    assert generator.prefixes.kept.reserved == 0 and generator.has_room
+    with pytest.raises(ValueError, match="of 31 tokens, expected 32 or more: raise PHI_MM_PREFIX"):
+        Generator(model, processor, 0, 63 * one_token)
     for number in range(3):  # each picture is 16 patches of width 16 in float32
         generator.answer(Request("a", [user(f"{media}/{number}.png")], 2), lambda e: None, ending())
     assert generator.reader.features.used == 2 * 16 * 16 * 4

@@ -51,12 +51,19 @@ def test_store_lets_go_of_what_was_not_used_for_longest() -> None:
     assert (store.get("a"), store.used, len(store)) == ("new", 6, 2)
     store.put("e", "E", 11)
     assert "e" not in store and store.used == 6
+    store.reserve(6)
+    assert [name in store for name in "ad"] == [True, False] and store.used == 1
+    store.put("f", "F", 4)
+    assert [name in store for name in "af"] == [False, True]
+    store.reserve(-6)
+    store.put("g", "G", 6)
+    assert [name in store for name in "fg"] == [True, True]
 
 
 class Gate:
     """The engine's own generator behind a door, so that tests decide when an answer is begun."""
 
-    precision, name = "fp32", "toy"
+    precision, name, has_room = "fp32", "toy", True
 
     def __init__(self, generator: Generator):
         self.generator, self.open, self.begun = generator, threading.Event(), []
@@ -180,6 +187,17 @@ def test_a_conversation_is_answered_one_question_at_a_time(make_engine, gate, lo
     answers = [events[-1].token_ids for events in asyncio.run(crowd())]
     assert gate.begun == ["a", "b", "a"] and gate.side_by_side == 2
     assert answers == [plainly(*loaded, [user(text)], 12) for text in ("first", "second", "b")]
+
+
+def test_without_memory_for_one_more_a_request_waits_its_turn(make_engine, gate) -> None:
+    engine, gate.has_room = make_engine(), False
+    gate.open.set()
+
+    async def crowd() -> list[list]:
+        return await asyncio.gather(*(collect(engine, question(name, tokens=12)) for name in "abc"))
+
+    assert all(isinstance(events[-1], Answer) for events in asyncio.run(crowd()))
+    assert gate.side_by_side == 1
 
 
 def test_what_fails_side_by_side_is_told_to_all_and_the_next_is_served(
