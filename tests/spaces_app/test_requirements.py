@@ -6,13 +6,14 @@ import sys
 from importlib.metadata import packages_distributions
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from phi_mm.checkout import CONSTRAINTS, ROOT, SPACE
 from phi_mm.hub.space.folder import read_requirements
 
 
 def test_requirements_name_all_that_the_space_imports() -> None:
-    required = {r.name.lower(): r for r in read_requirements(SPACE / "requirements.txt")}
+    required = {canonicalize_name(r.name) for r in read_requirements(SPACE / "requirements.txt")}
     own = {path.stem for path in SPACE.iterdir()}
     distributions = packages_distributions()
     for path in SPACE.rglob("*.py"):
@@ -22,8 +23,8 @@ def test_requirements_name_all_that_the_space_imports() -> None:
                 names = [node.module]
             for name in {name.split(".")[0] for name in names} - own - sys.stdlib_module_names:
                 if name != "spaces":  # the Hub's own, which its machines have
-                    found = {d.lower() for d in distributions[name]}
-                    assert found & set(required), f"{path} imports {name}"
+                    found = {canonicalize_name(d) for d in distributions[name]}
+                    assert found & required, f"{path} imports {name}"
 
 
 def test_requirements_agree_with_the_packages_and_are_pinned() -> None:
@@ -36,7 +37,7 @@ def test_requirements_agree_with_the_packages_and_are_pinned() -> None:
     )
     required = read_requirements(SPACE / "requirements.txt")
     assert {str(r) for r in required} <= core | app and app <= {str(r) for r in required}
-    pins = {r.name.lower(): str(r.specifier) for r in read_requirements(CONSTRAINTS)}
+    pins = {canonicalize_name(r.name): str(r.specifier) for r in read_requirements(CONSTRAINTS)}
     for requirement in required:
-        version = re.fullmatch(r"==([\d.]+)", pins[requirement.name.lower()])
+        version = re.fullmatch(r"==([\d.]+)", pins[canonicalize_name(requirement.name)])
         assert version and requirement.specifier.contains(version[1]), requirement
