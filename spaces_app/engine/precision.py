@@ -77,7 +77,12 @@ def choose(
     choice = _prefer(needs, free) if wanted == AUTO else Choice(wanted, "as set", needs[wanted])
     if choice.memory.peak > free:
         fitting = [name for name, memory in needs.items() if memory.peak <= free]
-        remedy = f"set PHI_MM_PRECISION={fitting[0]}" if fitting else "take a larger machine"
+        if fitting:
+            remedy = f"set PHI_MM_PRECISION={fitting[0]}"
+        elif max(choice.memory.loading, choice.memory.serving - stores) <= free:
+            remedy = "lower PHI_MM_PREFIX_MB or PHI_MM_MEDIA_MB"
+        else:
+            remedy = "take a larger machine"
         raise ValueError(
             f"got {free / GIGABYTE:.2f} GB of free memory, expected at least "
             f"{choice.memory.peak / GIGABYTE:.2f} GB for this model in {choice.precision}: "

@@ -72,6 +72,8 @@ def test_what_does_not_fit_is_refused_with_the_remedy(artefact: Path) -> None:
     need = choose(*where, "fp32", 0, 1 << 40).memory.peak
     with pytest.raises(ValueError, match="got 0.00 GB of free .* take a larger machine, or serve"):
         choose(*where, "auto", stores=0, free=0)
+    with pytest.raises(ValueError, match="lower PHI_MM_PREFIX_MB or PHI_MM_MEDIA_MB, or serve"):
+        choose(*where, "int8", stores=1 << 30, free=1 << 30)
     stores = 1 << 20
     fits = choose(*where, "int8", stores, 1 << 40).memory.peak
     assert fits < need + stores
