@@ -11,12 +11,13 @@ stdout, and one line of JSON last.
 import argparse
 import asyncio
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -295,21 +296,24 @@ def _turn(users: int, turn: int, rounds: list) -> Turn:
 
 def memory(artefact: str) -> dict:
     """What a process of its own takes to load a model and answer, and what was predicted."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_take_memory, (artefact,))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_take_memory, artefact).result()
 
 
 def _take_memory(artefact: str) -> dict:
-    choice = choose(artefact, None, AUTO, 0)
-    ours = Ours(*load(artefact, None, choice.precision))
+    precision = choose(artefact, None, AUTO, 2 * STORE).precision
+    ours = Ours(*load(artefact, None, precision))
     with tempfile.TemporaryDirectory() as folder:
         (_, [first]), (_, [second]) = talk(ours, 1, 8, Path(folder))
     resident = psutil.Process().memory_info().rss
+    generator = ours.engine.generator
+    kept = generator.prefixes.kept.used + generator.reader.features.used
+    predicted = choose(artefact, None, precision, kept).memory.serving
     ours.engine.close()
     return {
         "artefact": Path(artefact).name,
-        "precision": choice.precision,
-        "predicted_gb": choice.memory.serving / GIGABYTE,
+        "precision": precision,
+        "predicted_gb": predicted / GIGABYTE,
         "resident_gb": resident / GIGABYTE,
         "answered": first.tokens + second.tokens,
     }

@@ -37,20 +37,20 @@ class Int8Linear(nn.Module):
                 weight, scale.double(), torch.zeros_like(scale, dtype=torch.long), 0, torch.qint8
             )
         self.packed = torch.ops.quantized.linear_prepack(rounded, None)
-        self.bias = torch.zeros(())
+        self.bias = None
         if linear.bias is not None:  # copied: it may lie in the file that was read
             self.bias = linear.bias.detach().to(torch.float32, copy=True)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., N), float32."""
         rows = states.reshape(-1, self.in_features)
-        size = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True)
-        size.clamp_min_(torch.finfo(torch.float32).tiny)
+        size = rows.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             rows / size, 1 / STEPS, ZERO_POINT, self.packed
         )
-        # Not `addcmul`, which rounds once or twice by where a number lies in memory.
-        product.mul_(size).add_(self.bias)
+        product = product.mul_(size)
+        if self.bias is not None:
+            product += self.bias
         return product.view(*states.shape[:-1], self.out_features)
 
 

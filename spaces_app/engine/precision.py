@@ -19,7 +19,7 @@ AUTO = "auto"
 # GPUs that do not compute in bf16 all else is float32 beside nf4.
 LINEAR_BYTES = {"bf16": 2.0, "nf4": 0.52, "int8": 1.01, "fp32": 4.0}
 OTHER_BYTES = {"bf16": 2, "nf4": 4, "int8": 4, "fp32": 4}
-WORKING_BYTES = 600 << 20  # activations of a prefill and what the libraries take while they work
+WORKING_BYTES = 800 << 20  # activations of a prefill and what the libraries take while they work
 GIGABYTE = 1e9
 
 

@@ -51,7 +51,7 @@ def test_memory_is_predicted_from_the_config(artefact: Path) -> None:
     linear += 300 * 32  # and the head
     assert small.memory.serving == round(weights - 4 * linear + 1.01 * linear) + WORKING_BYTES
     assert small.memory.loading == weights + 9 * 300 * 32 + WORKING_BYTES
-    assert str(small).startswith("int8: the quickest on a CPU; predicted 0.6")
+    assert str(small).startswith("int8: the quickest on a CPU; predicted 0.8")
 
 
 MAPS = Path("/proc/self/maps")
