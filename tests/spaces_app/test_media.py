@@ -36,7 +36,7 @@ WHOLE |= {kind: recording(kind) for kind in ("WAV", "FLAC", "OGG", "MP3")}
 
 @pytest.fixture(scope="module")
 def reader(loaded) -> PromptReader:
-    return Generator(*loaded, 0, 0).reader
+    return Generator(*loaded, 0, 1 << 30).reader
 
 
 @settings(
@@ -70,7 +70,7 @@ def test_limits_are_those_of_the_settings(
     given |= {"PHI_MM_UPLOAD_MB": "1", "PHI_MM_PICTURE_MEGAPIXELS": "1"}
     small = Settings.read(given | {"PHI_MM_RECORDING_SECONDS": "1"})
     assert (small.upload_bytes, small.media) == (1 << 20, MediaLimits(MILLION, 1))
-    reader = Generator(*loaded, 0, 0, limits=small.media).reader
+    reader = Generator(*loaded, 0, 1 << 30, limits=small.media).reader
     Image.new("L", (1000, 1000)).save(tmp_path / "most.png")
     Image.new("L", (1000, 1001)).save(tmp_path / "more.png")
     soundfile.write(tmp_path / "most.wav", np.zeros(16_000), 16_000)
