@@ -361,11 +361,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("artefact", type=Path, help="a folder that `phi-mm export` wrote")
     parser.add_argument("--random", type=Path, help="where random artefacts are kept (nowhere)")
+    parser.add_argument("--tokens", type=int, default=32, help="longest answer (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the median (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs")
     given = parser.parse_args()
     if not (given.artefact / "config.json").is_file():
         parser.error(f"got {given.artefact}, expected the folder of an artefact: phi-mm export")
-    load_ = Load((1, 2), 4, 1) if given.quick else Load((1, 8), 32, 3)
+    load_ = Load((1, 2), 4, 1) if given.quick else Load((1, 8), given.tokens, given.rounds)
     sizes = ("toy",) if given.quick else ("phi-1.5", "phi-2")
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.random or Path(scratch)
