@@ -76,4 +76,4 @@ def _save(page: Page, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    take(Path(sys.argv[1]), Path(sys.argv[2]))
+    take(Path(sys.argv[1]).resolve(), Path(sys.argv[2]))
