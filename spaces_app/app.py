@@ -131,11 +131,10 @@ def make_copy(settings: Settings, store: Store | None) -> HubCopy | contextlib.n
     if settings.dataset is None:
         return contextlib.nullcontext()
     try:
-        copy = HubCopy(store, settings.dataset, settings.dataset_minutes)
+        return HubCopy(store, settings.dataset, settings.dataset_minutes)
     except (OSError, sqlite3.Error) as error:
         log.error("records are not copied to %s, for the store fails: %s", settings.dataset, error)
         return contextlib.nullcontext()
-    return copy
 
 
 def main() -> None:
