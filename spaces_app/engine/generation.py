@@ -280,6 +280,15 @@ class Generator:
                 for sequence, logits in zip(together, self._next_logits(together), strict=True):
                     self._go_on(sequence, logits)
 
+    def forget(self, conversation: str) -> None:
+        """Frees what is kept of a conversation."""
+        self.prefixes.kept.pop(conversation)
+
+    def free(self) -> None:
+        """Frees all that is kept to be quicker, as after running out of memory."""
+        self.prefixes.kept.clear()
+        self.reader.features.clear()
+
     @contextlib.contextmanager
     def _released_if_broken(self, sequences: list[Sequence]) -> Iterator[None]:
         """Gives back what is reserved for answers that come to no end."""
@@ -294,15 +303,6 @@ class Generator:
         self.prefixes.kept.reserve(-sequence.reserved)
         sequence.reserved = 0
 
-    def forget(self, conversation: str) -> None:
-        """Frees what is kept of a conversation."""
-        self.prefixes.kept.pop(conversation)
-
-    def free(self) -> None:
-        """Frees all that is kept to be quicker, as after running out of memory."""
-        self.prefixes.kept.clear()
-        self.reader.features.clear()
-
     def _read_prompt(self, sequence: Sequence) -> torch.Tensor:
         """Computes what is new in the prompt; returns logits (1, V) behind it.
 
@@ -310,11 +310,11 @@ class Generator:
         """
         prompt, request = sequence.prompt, sequence.request
 
-        def first_pass(model, input_ids, logits_processor, **prepared) -> torch.Tensor:
+        def first_pass(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, **prepared
+        ) -> torch.Tensor:
             sequence.processors = logits_processor
             sequence.modalities = prepared.get("modality_mask")
-            for made_for_generation in ("stopping_criteria", "generation_config"):
-                del prepared[made_for_generation]
             new = input_ids.shape[1] - sequence.reused
             inputs = model.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=new, is_first_iteration=True, **prepared
