@@ -274,7 +274,11 @@ def show(measured: list[Measured]) -> None:
 
 
 async def run(given: argparse.Namespace, url: str, server: psutil.Process | None) -> list[Measured]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    # Shorter than the server's five seconds: who writes into a connection just as that closes it
+    # reads an error.
+    limits = httpx.Limits(
+        max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0
+    )
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=PATIENCE) as client:
         visitor = Visitor(client, given.length)
         right = await alone(visitor)

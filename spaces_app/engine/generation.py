@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -237,6 +238,7 @@ class Generator:
         limits = limits or MediaLimits()
         self.reader = PromptReader(model, processor, media_budget, limits, context)
         self.prefixes = PrefixStore(model.config, prefix_budget)
+        self._layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         attend_side_by_side(model)
 
     def answer(self, request: Request, emit: Callable[[Event], None], ending: Ending) -> Answer:
@@ -254,7 +256,7 @@ class Generator:
             Interrupted: `ending` was reached before the first token.
         """
         sequence = Sequence(request, emit, ending)
-        with _interruptible(self.model, ending):
+        with _interruptible(self._layers, ending):
             prompt = self.reader.read(request.messages)
             length = prompt.ids.shape[1]
             limit = min(request.max_new_tokens, self.reader.context - length)
@@ -372,7 +374,7 @@ class Generator:
 
 
 @contextlib.contextmanager
-def _interruptible(model: PreTrainedModel, ending: Ending) -> Iterator[None]:
+def _interruptible(layers: list[nn.Module], ending: Ending) -> Iterator[None]:
     """Lets `ending` interrupt towers and prefill between two layers. Once tokens come they are the
     better place to stop: nothing is lost then.
     """
@@ -381,9 +383,6 @@ def _interruptible(model: PreTrainedModel, ending: Ending) -> Iterator[None]:
         if ending.reached():
             raise Interrupted(ending.reason)
 
-    layers = [
-        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
     hooks = [layer.register_forward_pre_hook(check) for layer in layers]
     try:
         yield

@@ -21,6 +21,7 @@ LINEAR_BYTES = {"bf16": 2.0, "nf4": 0.52, "int8": 1.01, "fp32": 4.0}
 OTHER_BYTES = {"bf16": 2, "nf4": 4, "int8": 4, "fp32": 4}
 WORKING_BYTES = 800 << 20  # activations of a prefill and what the libraries take while they work
 GIGABYTE = 1e9
+FEW_WEIGHTS = 4_000_000  # of linear layers: rounding what they are given takes longer than they do
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,13 @@ def choose(
             f"{', '.join(possible)}"
         )
     free = free_memory(gpu) if free is None else free
-    needs = predict_all(artefact, revision, possible, stores)
-    choice = _prefer(needs, free) if wanted == AUTO else Choice(wanted, "as set", needs[wanted])
+    model = _without_weights(artefact, revision)
+    needs = {name: _predict(model, name, stores) for name in possible}
+    if wanted == AUTO:
+        wanted, why = _prefer_on_gpu(needs["bf16"].peak <= free) if gpu else _prefer_on_cpu(model)
+    else:
+        why = "as set"
+    choice = Choice(wanted, why, needs[wanted])
     if choice.memory.peak > free:
         fitting = [name for name, memory in needs.items() if memory.peak <= free]
         if fitting:
@@ -91,16 +97,22 @@ def choose(
     return choice
 
 
-def _prefer(needs: dict[str, Memory], free: int) -> Choice:
-    if "bf16" in needs:
-        if torch.cuda.get_device_capability() < (8, 0):
-            return Choice("nf4", "this GPU does not compute in bf16", needs["nf4"])
-        if needs["bf16"].peak <= free:
-            return Choice("bf16", "the GPU has room for it", needs["bf16"])
-        return Choice("nf4", "the GPU has no room for bf16", needs["nf4"])
+def _prefer_on_gpu(has_room: bool) -> tuple[str, str]:
+    """The precision, and why."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "nf4", "this GPU does not compute in bf16"
+    if has_room:
+        return "bf16", "the GPU has room for it"
+    return "nf4", "the GPU has no room for bf16"
+
+
+def _prefer_on_cpu(model: PreTrainedModel) -> tuple[str, str]:
+    """The precision, and why."""
     if not int8_works():
-        return Choice("fp32", "this CPU has no int8 kernels", needs["fp32"])
-    return Choice("int8", "the quickest on a CPU", needs["int8"])
+        return "fp32", "this CPU has no int8 kernels"
+    if sum(_linear_weights(model, "int8")) < FEW_WEIGHTS:
+        return "fp32", "so small a model is quicker in it than in int8"
+    return "int8", "the quickest on a CPU"
 
 
 def int8_works() -> bool:
@@ -112,25 +124,16 @@ def int8_works() -> bool:
     return True
 
 
-def predict_all(
-    artefact: str, revision: str | None, precisions: tuple[str, ...], stores: int
-) -> dict[str, Memory]:
-    """Memory by precision, from a model without weights."""
+def _without_weights(artefact: str, revision: str | None) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(artefact, revision=revision, trust_remote_code=True)
     code = get_class_from_dynamic_module(config.auto_map["AutoModel"], artefact, revision=revision)
     with torch.device("meta"):
-        model = code(config)
-    return {name: _predict(model, name, stores) for name in precisions}
+        return code(config)
 
 
 def _predict(model: PreTrainedModel, precision: str, stores: int) -> Memory:
     every = sum(parameter.numel() for parameter in model.parameters())
-    linear = [
-        module.weight.numel()
-        for part in quantised_parts(model, precision)
-        for module in part.modules()
-        if isinstance(module, nn.Linear)
-    ]
+    linear = _linear_weights(model, precision)
     others = every - sum(linear)
     if precision == "int8" and model.config.tie_word_embeddings:
         others += model.lm_head.weight.numel()  # the embeddings stay when the head is rounded
@@ -142,12 +145,18 @@ def _predict(model: PreTrainedModel, precision: str, stores: int) -> Memory:
     return Memory(round(loading) + WORKING_BYTES, round(serving) + WORKING_BYTES + stores)
 
 
-def quantised_parts(model: PreTrainedModel, precision: str) -> list[nn.Module]:
-    """What holds the linear weights that are kept in 4 or 8 bits: the language model's layers, and
-    in int8 the head; towers, projectors and embeddings do not.
+def _linear_weights(model: PreTrainedModel, precision: str) -> list[int]:
+    """How many weights each linear layer has that the precision keeps in 4 or 8 bits: the language
+    model's layers, and in int8 the head; towers, projectors and embeddings do not.
     """
     layers = model.model.language_model.layers
-    return [layers, model.lm_head] if precision == "int8" else [layers]
+    parts = [layers, model.lm_head] if precision == "int8" else [layers]
+    return [
+        module.weight.numel()
+        for part in parts
+        for module in part.modules()
+        if isinstance(module, nn.Linear)
+    ]
 
 
 def free_memory(gpu: bool) -> int:

@@ -22,9 +22,9 @@ def test_both_ways_are_asked_the_same(artefact: Path) -> None:
     told = json.loads(last)
     assert [model["artefact"] for model in told["models"]] == [artefact.name, "toy"]
     toy = told["models"][1]
-    assert toy["precision"] == {"ours": "int8", "plain": "bfloat16"}
-    # Attention and MLP of two layers, and the head: a byte each.
-    assert toy["weights_read_gb"] * 1e9 == 2 * (4 * 64 * 64 + 2 * 64 * 128) + 64 * 1024
+    assert toy["precision"] == {"ours": "fp32", "plain": "bfloat16"}
+    # Attention and MLP of two layers, and the head.
+    assert toy["weights_read_gb"] * 1e9 / 4 == 2 * (4 * 64 * 64 + 2 * 64 * 128) + 64 * 1024
     assert [(row["users"], row["turn"]) for row in toy["turns"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     for row in toy["turns"]:
         ours, plain = row["ours"], row["plain"]

@@ -40,7 +40,7 @@ def space(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="session")
 def expected(artefact: Path) -> Callable[[list[dict], int], str]:
     """The answer to messages by transformers alone."""
-    model, processor = load(str(artefact), None, "int8")
+    model, processor = load(str(artefact), None, "fp32")
 
     def expected(messages: list[dict], tokens: int = 16) -> str:
         return processor.tokenizer.decode(plainly(model, processor, messages, tokens))
