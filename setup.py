@@ -29,6 +29,7 @@ EXTRAS = {
         "tensorboard>=2.18",
         "tqdm>=4.66",
         "trackio>=0.40",
+        "xxhash>=3.5",
     ],
     "eval": [
         "datasets>=5.0",
@@ -55,6 +56,7 @@ EXTRAS = {
         "playwright>=1.55",
         "promql-parser>=0.12",
         "pytest>=8.0",
+        "pytest-xdist>=3.6",
         "ruff>=0.12",
     ],
 }
@@ -68,7 +70,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_phi_mm", "processing", "phi_mm", "phi_mm.*"]),
-    package_data={"processing": ["*.jinja"], "phi_mm.evaluation": ["*.jinja"]},
+    package_data={
+        "processing": ["*.jinja"],
+        "phi_mm.datasets": ["*.jinja"],
+        "phi_mm.evaluation": ["*.jinja"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["phi-mm = phi_mm.cli:main"]},

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
 from phi_mm.assembly import assemble
-from phi_mm.datasets import mixture
+from phi_mm.datasets import Stream, mixture
 from phi_mm.features import FeatureCache, fill_cache, open_cache
 from phi_mm.hub.destination import check_destination
 from phi_mm.recipes import Recipe, load_recipe
@@ -36,24 +36,32 @@ def main() -> None:
     set_seed(arguments.seed)
     model, processor = assemble(recipe)
 
-    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    train = mixture(recipe.data.train, seed)
-    validation = mixture(recipe.data.validation, seed) if recipe.data.validation else None
+    with arguments.main_process_first(desc="check of the data"):
+        taken = (recipe.data_seed, processor, recipe.data.max_length)
+        train = (Stream if recipe.streams else mixture)(recipe.data.train, *taken)
+        validation = recipe.data.validation and mixture(recipe.data.validation, *taken)
     features = cached_features(recipe, arguments, model, processor, [train, validation or []])
 
     trainer = PhiMMTrainer(
         model=model,
         args=arguments,
-        data_collator=PhiMMCollator(processor, features, recipe.data.max_length),
+        data_collator=PhiMMCollator(
+            processor, features, recipe.data.max_length, recipe.data.packed_length
+        ),
         train_dataset=train,
         eval_dataset=by_modality(validation) if validation else None,
         processing_class=processor,
-        projector_learning_rate=recipe.tune.projector_learning_rate,
+        learning_rates=recipe.tune.learning_rates,
+        gradient_norm_limit=recipe.tune.gradient_norm_limit,
+        distillation=recipe.distillation,
+        group_by_modality=recipe.data.group_by_modality,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     if validation:
         metrics = trainer.evaluate()
+        if "text" in trainer.eval_dataset and recipe.tune.adapted:
+            metrics["eval_pretrained_text_loss"] = trainer.pretrained_text_loss()
         trainer.save_metrics("eval", metrics)
         losses = {key: round(value, 4) for key, value in metrics.items() if key.endswith("loss")}
         say(arguments, f"validation {json.dumps(losses)}")
@@ -89,10 +97,8 @@ def cached_features(
     if recipe.features == "live":
         return None
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    folder = recipe.features_folder
-    with arguments.main_process_first(desc="tower features"):
-        cache = open_cache(folder, base, processor)
-        fill_cache(cache, base, processor, datasets, arguments.device)
+    cache = open_cache(recipe.features_folder, base.model, processor, recipe.features_dtype)
+    fill_cache(cache, base.model, processor, datasets, arguments.device)
     return cache
 
 

@@ -2,8 +2,9 @@
 
 Every row of a batch goes through the adapters of what it holds: rows with a picture through the
 image adapter, rows with a recording through the audio adapter, rows with both through their sum,
-and rows of text alone through the language model as it was before any training, bit by bit. The
-idea is Phi-4-multimodal's (arXiv:2503.01743), which chooses for a whole batch at a time.
+and rows of text alone through the language model as it was before any training, bit by bit. Where
+a row holds several conversations, each is such a row. The idea is Phi-4-multimodal's
+(arXiv:2503.01743), which chooses for a whole batch at a time.
 
 The layers are PEFT's, by transformers' own integration. Here is only what they lack: which rows
 use which adapter, and saving and loading all of them with the model.
@@ -28,7 +29,7 @@ class ModalityRouter:
     """Which rows of the batch that is being computed hold which modality."""
 
     def __init__(self):
-        self.mask: torch.BoolTensor | None = None  # (B, 2)
+        self.mask: torch.BoolTensor | None = None  # (B, 2), or (B, L, 2) in packed rows
 
 
 class OwnRowsOnly:
@@ -40,9 +41,9 @@ class OwnRowsOnly:
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         """(B, L, D) to (B, L, D)."""
-        without = ~self.router.mask[:, self.column]
+        without = ~self.router.mask[..., self.column]
         # Not a product with zero: that would keep a NaN or an infinity.
-        return output.masked_fill(without.view(-1, 1, 1).to(output.device), 0)
+        return output.masked_fill(without.view(len(without), -1, 1).to(output.device), 0)
 
 
 class ModalityAdaptersMixin:

@@ -3,7 +3,11 @@
 Phi-2's queries and keys fit float16, their products do not: whatever multiplies them in float16
 answers with NaN (https://github.com/huggingface/transformers/issues/28673). Here they are
 multiplied in float32, in models of either family, also under autocast; weights and cache stay in
-float16. In every other dtype nothing is changed.
+float16. In every other dtype the attention is that of transformers.
+
+Phi-2's activation is spelt out as a formula in transformers, and every step of it is kept for the
+backward pass. In training it is computed by one kernel here; the numbers are the same but for
+rounding.
 """
 
 from collections.abc import Callable
@@ -11,10 +15,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PhiConfig, PreTrainedConfig
+from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.phi.modeling_phi import PhiModel, eager_attention_forward
 from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3Model
+
+from .packing_phi_mm import by_conversation
 
 # The fused kernels that are left out here multiply in float32 by themselves.
 GUARDED = {"eager": "phi_mm_eager", "sdpa": "phi_mm_sdpa"}
@@ -62,7 +69,9 @@ def _widen(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 AttentionInterface.register(GUARDED["eager"], _scores_in_float32(eager_attention_forward))
-AttentionInterface.register(GUARDED["sdpa"], _scores_in_float32(sdpa_attention_forward))
+AttentionInterface.register(
+    GUARDED["sdpa"], _scores_in_float32(by_conversation(sdpa_attention_forward))
+)
 AttentionMaskInterface.register(GUARDED["eager"], eager_mask)
 AttentionMaskInterface.register(GUARDED["sdpa"], sdpa_mask)
 
@@ -91,10 +100,25 @@ class _Precise:
         return GUARDED.get(chosen, chosen)
 
 
+class _OneKernelInTraining(NewGELUActivation):
+    """`gelu_new`; spelt out, it keeps four tensors as wide as the MLP where one will do."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return nn.functional.gelu(input, approximate="tanh")
+        return super().forward(input)
+
+
 class PhiMMPhiModel(_Precise, PhiModel):
     """Phi-1, 1.5 and 2."""
 
     config: PhiConfig
+
+    def __init__(self, config: PhiConfig):
+        super().__init__(config)
+        if config.hidden_act == "gelu_new":
+            for layer in self.layers:
+                layer.mlp.activation_fn = _OneKernelInTraining()
 
 
 class PhiMMPhi3Model(_Precise, Phi3Model):

@@ -6,11 +6,13 @@ Shapes as in modeling_phi_mm.py: B samples, L text positions, N images, P patche
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .adapters_phi_mm import refuse_mixed_projectors
+from .packing_phi_mm import any_in_conversation
 
 MEDIA_INPUTS = (
     "pixel_values",
@@ -23,7 +25,9 @@ MEDIA_INPUTS = (
 
 
 class MediaMixin:
-    """For a model with `vision_tower`, `audio_tower` (or None) and their projectors."""
+    """For a model with `vision_tower`, `audio_tower` (or None) and their projectors, and a
+    `modality_router` (or None) of adapters by modality.
+    """
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What the vision tower sees before projection, (N, 3, H, W) to patches (N, P, C) without
@@ -159,9 +163,14 @@ class MediaMixin:
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def find_modalities(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        conversations: torch.LongTensor | None = None,
     ) -> torch.BoolTensor:
         """(B, 2): which rows hold a picture, and which a recording.
+
+        With `conversations` (B, L) it is (B, L, 2), the same at all tokens of a conversation.
 
         Raises:
             ValueError: when embeddings hold no placeholder: media may have been merged into them.
@@ -170,17 +179,42 @@ class MediaMixin:
         for token_id in (self.config.image_token_id, self.config.audio_token_id):
             given = inputs_embeds if input_ids is None else input_ids
             columns.append(
-                given.new_zeros(len(given), dtype=torch.bool)
+                given.new_zeros(given.shape[:2], dtype=torch.bool)
                 if token_id is None
-                else self.find_placeholders(input_ids, inputs_embeds, token_id).any(-1)
+                else self.find_placeholders(input_ids, inputs_embeds, token_id)
             )
-        mask = torch.stack(columns, dim=-1)
+        found = torch.stack(columns, dim=-1)  # (B, L, 2)
+        mask = found.any(1) if conversations is None else any_in_conversation(found, conversations)
         if input_ids is None and not mask.any():
             raise ValueError(
                 "got inputs_embeds without a placeholder, expected modality_mask (B, 2) beside "
                 "them: adapters by modality cannot tell merged media from text"
             )
         return mask
+
+    def choose_adapters(
+        self,
+        modality_mask: torch.BoolTensor | None,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        past_key_values: Cache | None,
+        conversations: torch.LongTensor | None,
+    ):
+        """Tells the adapters by modality which rows, or conversations of a row, are theirs."""
+        if self.modality_router is None:
+            raise ValueError(
+                f"got a config with adapters for {self.config.modality_adapters} and a model "
+                "without them: load it by PhiMMForConditionalGeneration.from_pretrained"
+            )
+        if modality_mask is None:
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                raise ValueError(
+                    "got a cache and no modality_mask, expected modality_mask=model.model."
+                    "find_modalities(input_ids) of the whole prompt: what is in the cache decides "
+                    "which adapters go on"
+                )
+            modality_mask = self.find_modalities(input_ids, inputs_embeds, conversations)
+        self.modality_router.mask = modality_mask
 
     def get_placeholder_mask(
         self,

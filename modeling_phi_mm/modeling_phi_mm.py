@@ -28,6 +28,7 @@ from .attention_phi_mm import build_language_model, computes_in_float16
 from .configuration_phi_mm import PhiMMConfig
 from .generation_phi_mm import PhiMMGenerationMixin
 from .media_phi_mm import MEDIA_INPUTS, MediaMixin, is_trained
+from .packing_phi_mm import find_conversations, packed_arguments
 from .projectors_phi_mm import AudioProjector, ImageProjector
 
 
@@ -137,45 +138,23 @@ class PhiMMModel(MediaMixin, PhiMMPreTrainedModel):
                 tower.eval()
         return self
 
-    def _choose_adapters(
-        self,
-        modality_mask: torch.BoolTensor | None,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ):
-        """Tells the adapters by modality which rows are theirs."""
-        if self.modality_router is None:
-            raise ValueError(
-                f"got a config with adapters for {self.config.modality_adapters} and a model "
-                "without them: load it by PhiMMForConditionalGeneration.from_pretrained"
-            )
-        if modality_mask is None:
-            if past_key_values is not None and past_key_values.get_seq_length() > 0:
-                raise ValueError(
-                    "got a cache and no modality_mask, expected modality_mask=model.model."
-                    "find_modalities(input_ids) of the whole prompt: what is in the cache decides "
-                    "which adapters go on"
-                )
-            modality_mask = self.find_modalities(input_ids, inputs_embeds)
-        self.modality_router.mask = modality_mask
-
-    def _touch_idle_projectors(self, inputs_embeds: torch.Tensor, used: dict) -> torch.Tensor:
-        """Puts the projector of an absent modality into the graph with weight zero.
+    def _touch_idle_modules(self, inputs_embeds: torch.Tensor, used: dict) -> torch.Tensor:
+        """Puts tower and projector of an absent modality into the graph with weight zero, as far as
+        they are trained.
 
         Under DistributedDataParallel and ZeRO every trained weight needs a gradient in every step,
         also on a rank whose batch holds no image or no audio.
         """
-        for modality, projector in (
-            ("image", self.multi_modal_projector),
-            ("audio", self.audio_projector),
+        for modality, modules in (
+            ("image", (self.vision_tower, self.multi_modal_projector)),
+            ("audio", (self.audio_tower, self.audio_projector)),
         ):
-            if projector is not None and modality not in used:
-                trained = [p for p in projector.parameters() if p.requires_grad]
-                if trained:
-                    inputs_embeds = (
-                        inputs_embeds + sum(p.sum() for p in trained).to(inputs_embeds.dtype) * 0
-                    )
+            if modality in used:
+                continue
+            weights = [p for module in modules if module is not None for p in module.parameters()]
+            trained = [p.sum() for p in weights if p.requires_grad]
+            if trained:
+                inputs_embeds = inputs_embeds + sum(trained).to(inputs_embeds.dtype) * 0
         return inputs_embeds
 
     @can_return_tuple
@@ -220,15 +199,22 @@ class PhiMMModel(MediaMixin, PhiMMPreTrainedModel):
             if value is not None
         }
         encoded = self.encode_media(media, mm_encoder_outputs)
+        conversations = find_conversations(attention_mask, position_ids, past_key_values)
         if self.config.modality_adapters:
-            self._choose_adapters(modality_mask, input_ids, inputs_embeds, past_key_values)
+            self.choose_adapters(
+                modality_mask, input_ids, inputs_embeds, past_key_values, conversations
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         inputs_embeds = self.merge_media(input_ids, inputs_embeds, encoded)
         if self.training:
-            inputs_embeds = self._touch_idle_projectors(inputs_embeds, encoded)
+            inputs_embeds = self._touch_idle_modules(inputs_embeds, encoded)
+        kwargs["attention_mask"] = attention_mask
+        if conversations is not None:
+            attention = self.language_model.config._attn_implementation
+            every_row = conversations.expand(len(inputs_embeds), -1)
+            kwargs |= packed_arguments(every_row, attention)
         outputs = self.language_model(
-            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -301,13 +287,16 @@ class PhiMMForConditionalGeneration(
             audio_embeds, audio_embeds_mask: (W, F, C) and (W, F), encoder frames in place of
                 `input_features`.
             inputs_embeds: (B, L, D) in place of `input_ids`.
+            position_ids: (B, L). Where they start anew in a row, without `attention_mask` and
+                cache, a conversation begins that attends to none before it.
             labels: (B, L), -100 where nothing is supervised. The vocabulary head then runs on the
                 supervised positions only, and `logits` holds those, (supervised positions, V).
             logits_to_keep: as in transformers' models; ignored when labels are given.
             mm_encoder_outputs: projected media, as `generate` hands them to the prefill.
             modality_mask: (B, 2), which rows hold a picture and which a recording, for a model with
-                adapters by modality; found in the placeholders when absent, and needed with a
-                filled cache, where they are no longer in sight. `generate` passes it.
+                adapters by modality ((B, L, 2) where rows hold several conversations); found in the
+                placeholders when absent, and needed with a filled cache, where they are no longer
+                in sight. `generate` passes it.
 
         Raises:
             ValueError: when placeholders and media do not match, or a modality comes in two forms

@@ -11,14 +11,18 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from torch import nn
+from peft.utils import ModulesToSaveWrapper
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
+    AutoModelForCausalLM,
     AutoTokenizer,
+    CLIPVisionConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    WhisperConfig,
     WhisperFeatureExtractor,
 )
 
@@ -34,20 +38,30 @@ from phi_mm.parts import (
     load_tokenizer,
     load_vision,
 )
+from phi_mm.plan import ADAPTED, PROJECTORS, TOWERS, TuneSection
+from phi_mm.precision import automatic_attention
 from phi_mm.recipes import ModelSection, Recipe, load_recipe
-from phi_mm.summary import summarise
+from phi_mm.summary import describe_plan, summarise
+from phi_mm.weights import load_aligned, load_parts, projectors
 from processing import PhiMMProcessor, chat_template_for
 
 logger = logging.getLogger(__name__)
 
-PROJECTORS = ("multi_modal_projector", "audio_projector")
-PROJECTOR_FILE = "projectors.safetensors"
 # Leaf names collide (CLIP and Whisper have q_proj and fc1 too), so the whole name is matched.
 _LAYER = r".*language_model\.layers\.\d+\."
 LORA_TARGETS = {
     "phi": _LAYER + r"(self_attn\.(q_proj|k_proj|v_proj|dense)|mlp\.(fc1|fc2))",
     "phi3": _LAYER + r"(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))",
 }
+TOWER_TARGETS = {
+    "vision_tower": r".*vision_tower\.encoder\.layers\.\d+\."
+    r"(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))",
+    "audio_tower": r".*audio_tower\.layers\.\d+\."
+    r"(self_attn\.(q_proj|k_proj|v_proj|out_proj)|fc1|fc2)",
+}
+# Of a tower that learns in full: CLIP's norm for the class token, which nobody reads, and
+# Whisper's sinusoids. Distributed training would wait for their gradients.
+NEVER_LEARNS = ("post_layernorm", "embed_positions")
 
 
 def assemble(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, PhiMMProcessor]:
@@ -56,16 +70,20 @@ def assemble(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, PhiMMProcesso
     New weights (projectors, LoRA) come from torch's global generator: seed it before.
 
     Raises:
-        ValueError: parts that do not fit, missing or unexpected weights, a run in which a tower
-            would be adapted or nothing learns.
+        ValueError: parts that do not fit, missing or unexpected weights, or a model that does not
+            learn as `tune` says.
     """
     model, processor = join_parts(recipe)
-    if recipe.model.init_from:
-        load_projectors(model, Path(recipe.model.init_from))
+    if recipe.aligned_runs:
+        load_aligned(model, recipe.aligned_runs, recipe.tune)
+    attention = automatic_attention(recipe.computes, recipe.on_cpu)
+    if attention != "sdpa":  # which is what transformers chooses
+        model.set_attn_implementation(attention)
     model = adapt(model, recipe)
     summary = summarise(model)
-    logger.info("\n%s", summary)
-    summary.check()
+    logger.info("\n%s\n\n%s", describe_plan(recipe), summary)
+    logger.info("computes in %s, attention %s\n", recipe.computes, attention)
+    summary.check(recipe.tune)
     return model, processor
 
 
@@ -77,7 +95,7 @@ def join_parts(
     """
     spec = recipe.model
     text = load_text(spec.text, recipe.dtype)
-    half = recipe.dtype == torch.float16 or recipe.training.get("fp16", False)
+    half = torch.float16 in (recipe.dtype, getattr(torch, recipe.computes))
     if half and text.config.model_type == "phi":
         raise ValueError(
             "got float16, expected bfloat16 or float32: Phi-2 overflows in it, and only what a "
@@ -86,87 +104,91 @@ def join_parts(
     tokenizer = load_tokenizer(spec.text, text)
     vision = load_vision(spec.vision, recipe.dtype) if spec.vision else None
     audio = load_audio(spec.audio, recipe.dtype) if spec.audio else None
-    config = _config(spec, text, vision, audio, tokenizer)
+    config = join_configs(
+        spec,
+        text.config,
+        vision.config if vision else None,
+        audio.config if audio else None,
+        tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, AUDIO_TOKEN]),
+    )
+    if audio and spec.audio_route == "transcript":
+        config.transcript_generation_config = audio.generation_config.to_dict()
     quantized = four_bit and recipe.tune.language_model == "qlora"
     weights = _joined_weights(config, text, vision, audio)
     settings = {"quantization_config": recipe.bitsandbytes_config()} if quantized else {}
     model = _from_weights(config, weights, dtype=recipe.dtype, **settings)
-    for projector in projectors(model).values():
-        projector.float()  # what learns stays fp32: a step of 2e-5 is lost in bf16
+    keep_learning_in_float32(model, recipe.tune)
     if quantized:
         _keep_training_arithmetic(model)
     model.generation_config = _generation_config(text, tokenizer)
     return model.eval(), _processor(spec, config, tokenizer)
 
 
+def load_processor(recipe: Recipe) -> PhiMMProcessor:
+    """The processor that `assemble` gives, without loading any weights."""
+    spec = recipe.model
+    with torch.device("meta"):
+        text = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.text))
+    vision = CLIPVisionConfig.from_pretrained(spec.vision) if spec.vision else None
+    audio = WhisperConfig.from_pretrained(spec.audio) if spec.audio else None
+    tokenizer = load_tokenizer(spec.text, text)
+    placeholders = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, AUDIO_TOKEN])
+    config = join_configs(spec, text.config, vision, audio, placeholders)
+    return _processor(spec, config, tokenizer)
+
+
 def adapt(
     model: PhiMMForConditionalGeneration, recipe: Recipe
 ) -> PhiMMForConditionalGeneration | PeftModel:
-    """Freezes everything but the projectors, then opens what `tune.language_model` asks for."""
-    mode = recipe.tune.language_model
+    """Freezes everything, then opens what `tune` asks for, LoRA included.
+
+    With shared LoRA, PEFT keeps and saves all else that stands in no pretrained part: projectors,
+    and towers that learn in full.
+    """
+    tune = recipe.tune
     model.requires_grad_(False)
-    for projector in projectors(model).values():
-        projector.requires_grad_(True)
-    if mode == "full":
-        model.model.language_model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
-    if mode in ("frozen", "full"):
-        return model
-    targets = LORA_TARGETS[model.config.text_config.model_type]
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **recipe.lora)
-    if recipe.adapters == "shared":
-        config.modules_to_save = list(projectors(model))
-        return get_peft_model(model, config)
-    model.add_modality_adapters({name: copy.deepcopy(config) for name in _modalities(model)})
-    for projector in projectors(model).values():
-        projector.requires_grad_(True)  # PEFT has frozen all that is not LoRA
+    if tune.adapted and recipe.adapters == "by_modality":
+        config = _lora(model, recipe)
+        model.add_modality_adapters({name: copy.deepcopy(config) for name in _modalities(model)})
+    elif tune.adapted:
+        config = _lora(model, recipe)
+        kept = [*projectors(model), *(t for t in TOWERS if tune.fate(t) == "full")]
+        config.modules_to_save = kept
+        adapted = get_peft_model(model, config)
+        for name in kept:
+            _open(adapted.get_base_model(), name, tune)
+        return adapted
+    for name in tune.modules("full"):
+        _open(model, name, tune)
     return model
 
 
-def projectors(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The projectors that this model has, by their name inside `model.model`."""
-    children = dict(model.model.named_children())
-    return {name: children[name] for name in PROJECTORS if name in children}
+def _lora(model: PhiMMForConditionalGeneration, recipe: Recipe) -> LoraConfig:
+    """One configuration for all modules that have LoRA."""
+    targets = {"language_model": LORA_TARGETS[model.config.text_config.model_type], **TOWER_TARGETS}
+    adapted = [targets[module] for module in recipe.tune.modules(*ADAPTED)]
+    return LoraConfig(task_type="CAUSAL_LM", target_modules="|".join(adapted), **recipe.lora)
+
+
+def _open(model: PhiMMForConditionalGeneration, name: str, tune: TuneSection) -> None:
+    """Lets a module learn, or not, where the model has it."""
+    module = dict(model.model.named_children()).get(name)
+    if module is None:
+        return
+    if name == "language_model":
+        model.lm_head.requires_grad_(True)
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.modules_to_save["default"]  # the original stays as it was
+    module.requires_grad_(tune.fate(name) == "full")
+    for child, inner in module.named_children():
+        if child in NEVER_LEARNS:
+            inner.requires_grad_(False)
 
 
 def _modalities(model: PreTrainedModel) -> list[str]:
     """The modalities that reach the language model through a projector, as image, audio."""
     own = projectors(model)
     return [m for m, name in zip(MODALITIES, PROJECTORS, strict=True) if name in own]
-
-
-def projector_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """State dict of the projectors, keys as `multi_modal_projector.linear_1.weight`."""
-    return {
-        f"{name}.{key}": value.detach().contiguous()
-        for name, module in projectors(model).items()
-        for key, value in module.state_dict().items()
-    }
-
-
-def load_projectors(model: PreTrainedModel, run_dir: Path) -> None:
-    """Puts the projectors of an aligned run (or of one of its checkpoints) into `model`.
-
-    Raises:
-        ValueError: no projectors there, or projectors of other shapes than this model's.
-    """
-    path = run_dir / PROJECTOR_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"got {run_dir}, expected the run folder of a stage with tune.language_model: frozen "
-            f"(holding {PROJECTOR_FILE}): train that stage first"
-        )
-    state = load_file(path)
-    for name, module in projectors(model).items():
-        own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
-        shapes = {k: tuple(v.shape) for k, v in own.items()}
-        expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-        if shapes != expected:
-            raise ValueError(
-                f"got {name} of {shapes} in {path}, expected {expected}: the model sections of "
-                "both recipes must agree"
-            )
-        module.load_state_dict(own)
 
 
 def load_run(run_dir: Path | str, merge: bool = False) -> tuple[PreTrainedModel, PhiMMProcessor]:
@@ -188,18 +210,17 @@ def load_run(run_dir: Path | str, merge: bool = False) -> tuple[PreTrainedModel,
         raise ValueError(f"got {run_dir}, expected a run folder with recipe.yaml: train it first")
     recipe = load_recipe(run_dir / "recipe.yaml")
     processor = PhiMMProcessor.from_pretrained(run_dir)
-    mode = recipe.tune.language_model
-    if mode == "full":
+    if recipe.tune.language_model == "full":
         model = PhiMMForConditionalGeneration.from_pretrained(run_dir, dtype=recipe.dtype)
         return model.eval(), processor
     apart = recipe.adapters == "by_modality"
     model, _ = join_parts(recipe, four_bit=not apart)
-    if mode == "frozen" or apart:
-        load_projectors(model, run_dir)
+    if apart or not recipe.tune.adapted:
+        load_parts(model, run_dir, recipe.tune.modules("full"))
     if apart:
         model.config.modality_adapters = _modalities(model)
         model.load_modality_adapters(run_dir)
-    elif mode != "frozen":
+    elif recipe.tune.adapted:
         model = PeftModel.from_pretrained(model, run_dir)
         if merge:
             model = _merged(model, run_dir, recipe, processor)
@@ -226,20 +247,21 @@ def _merged(
     return merged
 
 
-def _config(
+def join_configs(
     spec: ModelSection,
-    text: PreTrainedModel,
-    vision: PreTrainedModel | None,
-    audio: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
+    text: PreTrainedConfig,
+    vision: PreTrainedConfig | None,
+    audio: PreTrainedConfig | None,
+    placeholders: list[int],
 ) -> PhiMMConfig:
-    transcript = audio is not None and spec.audio_route == "transcript"
+    """The parts' configs as one; `placeholders` are the ids of the image and the audio token."""
+    image_token_id, audio_token_id = placeholders
     return PhiMMConfig(
-        text_config=text.config,
-        vision_config=vision.config if vision else None,
-        audio_config=audio.config if audio else None,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) if vision else None,
-        audio_token_id=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN) if audio else None,
+        text_config=text,
+        vision_config=vision,
+        audio_config=audio,
+        image_token_id=image_token_id if vision else None,
+        audio_token_id=audio_token_id if audio else None,
         vision_feature_layer=spec.vision_feature_layer,
         image_pool=spec.image_pool,
         image_tokens_per_cell=spec.image_tokens_per_cell,
@@ -249,8 +271,14 @@ def _config(
         projector_hidden_act=spec.projector_hidden_act,
         audio_stack=spec.audio_stack,
         audio_route=spec.audio_route,
-        transcript_generation_config=audio.generation_config.to_dict() if transcript else None,
     )
+
+
+def keep_learning_in_float32(model: PhiMMForConditionalGeneration, tune: TuneSection) -> None:
+    """Projectors, and towers that learn in full: a step of 2e-5 is lost in bf16."""
+    for name, module in model.model.named_children():
+        if name in PROJECTORS or (name in TOWERS and tune.fate(name) == "full"):
+            module.float()
 
 
 def _joined_weights(

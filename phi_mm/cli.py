@@ -40,8 +40,14 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (%(default)s)")
     verb.add_argument("--seed", type=int, default=0, help="of world and training (%(default)s)")
 
+    verb = _verb(verbs, "cache", cache)
+    verb.add_argument("recipe", type=Path)
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value")
+
     verb = _verb(verbs, "train", train)
     verb.add_argument("arguments", nargs="+", metavar="RECIPE [section.key=value]")
+
+    _add_estimate(verbs)
 
     verb = _verb(verbs, "evaluate", evaluate)
     verb.add_argument("run", type=Path, help="run folder that training filled")
@@ -90,6 +96,22 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_estimate(verbs: argparse._SubParsersAction) -> None:
+    verb = _verb(verbs, "estimate", estimate)
+    verb.add_argument("recipe", metavar="RECIPE")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value")
+    for name, kind, default, help_text in (
+        ("memory", float, 24.0, "GiB of a device (%(default)g)"),
+        ("length", _positive, None, "tokens of a row (data.max_length)"),
+        ("supervised", _positive, None, "of them with a label (all that are no media)"),
+        ("seconds", float, None, "of sound in a row (a whole window)"),
+        ("rows", _positive, 100_000, "rows to give hours for (%(default)s)"),
+        ("speed", float, 125.0, "TFLOP/s of a device (%(default)g)"),
+        ("processes", _positive, 1, "devices that train together (%(default)s)"),
+    ):
+        verb.add_argument(f"--{name}", type=kind, default=default, help=help_text)
+
+
 def _add_deploy_space(verbs: argparse._SubParsersAction) -> None:
     verb = _verb(verbs, "deploy-space", deploy_space)
     verb.add_argument("folder", type=Path, metavar="DIR", help="folder to write")
@@ -117,10 +139,16 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
         required=True, metavar="VERB"
     )
     verb = _verb(data, "check", check_data)
-    verb.add_argument("file", help="json or jsonl file, or a data set's Hub id")
-    verb.add_argument("--processor", type=Path, help="run or artefact that counts the tokens")
-    verb.add_argument("--media-root", type=Path, help="where media paths start (beside the file)")
-    verb.add_argument("--max-length", type=_positive, help="report rows with more tokens")
+    verb.add_argument(
+        "source",
+        metavar="RECIPE|DATA",
+        help="a recipe (.yaml), or a file, folder or Hub id of rows",
+    )
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="folder of the page, data.html")
+    verb.add_argument("--processor", type=Path, help="run or artefact that counts DATA's tokens")
+    verb.add_argument("--media-root", type=Path, help="where DATA's media paths start (beside it)")
+    verb.add_argument("--max-length", type=_positive, help="report rows of DATA with more tokens")
 
 
 def _add_feedback(verbs: argparse._SubParsersAction) -> None:
@@ -195,11 +223,36 @@ def demo(given: argparse.Namespace) -> None:
     Demo(given.out, seed=given.seed).run()
 
 
+def cache(given: argparse.Namespace) -> None:
+    """Compute what the frozen towers say about a recipe's data, for training to read."""
+    from accelerate import PartialState
+
+    from phi_mm.features import fill_for_recipe
+    from phi_mm.recipes import load_recipe
+
+    recipe = load_recipe(given.recipe, given.overrides)
+    computed = sum(prediction.missing for prediction in fill_for_recipe(recipe))
+    if PartialState().is_main_process:
+        print(f"{recipe.features_folder} is complete: {computed:,} computed now")
+
+
 def train(given: argparse.Namespace) -> None:
     """Train one stage; the same as python train.py."""
     from phi_mm.checkout import run_train
 
     run_train(given.arguments)
+
+
+def estimate(given: argparse.Namespace) -> None:
+    """Predict the memory and the time of a training run."""
+    from dataclasses import fields
+
+    from phi_mm.estimate import Question, describe
+    from phi_mm.recipes import load_recipe
+
+    question = Question(**{field.name: vars(given)[field.name] for field in fields(Question)})
+    for line in describe(load_recipe(given.recipe, given.overrides), question):
+        print(line, flush=True)
 
 
 def evaluate(given: argparse.Namespace) -> None:
@@ -313,15 +366,26 @@ def serve(given: argparse.Namespace) -> None:
 
 
 def check_data(given: argparse.Namespace) -> None:
-    """Report on a data set and every fault in it."""
-    from phi_mm.datasets import check
-    from processing import PhiMMProcessor
+    """Report on a recipe's data, or on a data set, and every fault in it."""
+    from phi_mm.data_check import check_recipe, check_rows
+    from phi_mm.datasets import write_page
 
-    processor = PhiMMProcessor.from_pretrained(given.processor) if given.processor else None
-    report = check(given.file, processor, given.media_root, max_length=given.max_length)
+    settings = (given.processor, given.media_root, given.max_length)
+    if Path(given.source).suffix in (".yaml", ".yml"):
+        if any(settings):
+            raise ValueError(
+                "got --processor, --media-root or --max-length beside a recipe, which says them"
+            )
+        report = check_recipe(given.source, given.overrides)
+    elif given.overrides:
+        raise ValueError(f"got {given.overrides[0]} beside {given.source}, which is no recipe")
+    else:
+        report = check_rows(given.source, *settings)
     print(report)
+    if given.out:
+        print(f"\n{write_page(report, given.out, given.source)} shows rows and lengths")
     if report.faults:
-        sys.exit(f"phi-mm: {report.faults} faults in {given.file}")
+        sys.exit(f"phi-mm: {report.faults} faults in {given.source}")
 
 
 def export_feedback(given: argparse.Namespace) -> None:

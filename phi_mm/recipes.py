@@ -8,7 +8,7 @@ read is an error. Relative paths are relative to the current directory.
 import difflib
 import inspect
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,21 +19,11 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainingArguments
 
+from phi_mm.arguments import HALF, TRAINING_DEFAULTS, check_arguments
+from phi_mm.datasets.mixture import check_source
 from phi_mm.files import write_whole
-
-# What transformers' defaults get wrong for us; a recipe may still say otherwise.
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "remove_unused_columns": False,  # the collator reads `messages`, which no forward() names
-    "label_names": ["labels"],  # found by signature otherwise, which PEFT's wrapper hides
-    "prediction_loss_only": True,  # validation logits are vocabulary-wide: they would fill memory
-    "include_num_input_tokens_seen": "no",
-    "ddp_find_unused_parameters": False,  # the model puts idle projectors into the graph itself
-    "logging_steps": 10,
-    "logging_nan_inf_filter": False,  # a NaN must be seen, not averaged away
-    "save_total_limit": 2,
-    "resume_from_checkpoint": "auto",  # a killed run goes on where its last whole checkpoint was
-    "report_to": "none",
-}
+from phi_mm.plan import Surroundings, TuneSection, check_plan
+from phi_mm.precision import automatic_dtype
 
 
 @strict
@@ -53,27 +43,32 @@ class ModelSection:
     projector_hidden_act: str = "gelu"
     audio_stack: int = 4
     audio_route: str = "encoder"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    init_from: str | None = None  # run folder of an earlier stage, whose projectors are taken
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of frozen weights
+    init_from: str | list[str] | None = None  # run folders of earlier stages: their projectors
 
 
 @strict
 @dataclass(kw_only=True)
 class DataSection:
-    """Sources as `phi_mm.datasets.mixture` takes them; a bare path means {path: ...}."""
+    """Sources as `phi_mm.datasets.mixture` takes them; a bare path means {path: ...}.
+
+    `on_bad_row` of a source is error, or skip with `skip_at_most`, a count or a share.
+    """
 
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]] = field(default_factory=list)
     max_length: int | None = None
+    packed_length: int | None = None  # tokens of a row that several conversations share
+    group_by_modality: bool = False  # batches of like length that are also of one kind
 
 
 @strict
 @dataclass(kw_only=True)
-class TuneSection:
-    """What learns. Projectors always do, at their own rate when one is given."""
+class DistillationSection:
+    """How much of what the text model says to the words of a recording is learnt from it."""
 
-    language_model: Literal["frozen", "lora", "qlora", "full"]
-    projector_learning_rate: float | None = None
+    temperature: float = 2.0
+    weight: float = 1.0
 
 
 @strict
@@ -97,9 +92,11 @@ class Recipe:
     training: dict[str, Any]
     features: Literal["live", "cached"] = "live"
     features_dir: str | None = None
+    features_dtype: Literal["tower", "float16", "int8"] = "tower"
     adapters: Literal["shared", "by_modality"] = "shared"
     lora: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
+    distillation: DistillationSection | None = None
     evaluation: list[EvaluationTask] = field(default_factory=list)
 
     @property
@@ -113,23 +110,75 @@ class Recipe:
         return Path(self.features_dir) if self.features_dir else self.run_dir / "features"
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that a forward pass of this model uses."""
+        modules = ["language_model"]
+        if self.model.vision is not None:
+            modules += ["vision_tower", "multi_modal_projector"]
+        if self.model.audio is not None and self.model.audio_route == "encoder":
+            modules += ["audio_tower", "audio_projector"]
+        return tuple(modules)
+
+    @property
+    def aligned_runs(self) -> list[Path]:
+        """The run folders that `model.init_from` names."""
+        named = self.model.init_from or []
+        return [Path(run) for run in ([named] if isinstance(named, str) else named)]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the run stays on the CPU, whatever the machine has."""
+        return bool(self.training.get("use_cpu"))
+
+    def pinned(self) -> "Recipe":
+        """This recipe with `model.dtype: auto` replaced by what the hardware chooses.
+
+        The arithmetic (`training.bf16`, `training.fp16`) is chosen with it where the recipe names
+        neither. A language model that is tuned in full keeps float32 weights.
+        """
+        if self.model.dtype != "auto":
+            return self
+        chosen = automatic_dtype(self.model.text, self.on_cpu)
+        stored = "float32" if self.tune.language_model == "full" else chosen
+        named = "bf16" in self.training or "fp16" in self.training
+        arithmetic = {} if named else HALF.get(chosen, {})
+        model = replace(self.model, dtype=stored)
+        return replace(self, model=model, training=self.training | arithmetic)
+
+    @property
+    def streams(self) -> bool:
+        """Whether training rows are read from a source as training goes on."""
+        return any(source.get("streaming") for source in self.data.train)
+
+    @property
+    def data_seed(self) -> int:
+        """Of what is drawn from the data, and of its order."""
+        given = self.training.get("data_seed")
+        return self.training.get("seed", TrainingArguments.seed) if given is None else given
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype in which frozen weights are kept."""
-        return {
-            "float32": torch.float32,
-            "bfloat16": torch.bfloat16,
-            "float16": torch.float16,
-        }[self.model.dtype]
+        return getattr(torch, self.pinned().model.dtype)
+
+    @property
+    def computes(self) -> str:
+        """The dtype of the arithmetic."""
+        pinned = self.pinned()
+        halves = [name for name, keys in HALF.items() if keys.items() <= pinned.training.items()]
+        return halves[0] if halves else pinned.model.dtype
 
     def training_arguments(self) -> TrainingArguments:
         """transformers' own arguments."""
         memory = {"dataloader_pin_memory": torch.cuda.is_available()}  # pinning helps only a GPU
-        return TrainingArguments(**memory | self.training)
+        if self.streams:  # else one process reads, and cuts media tensors as if one were a row
+            memory["accelerator_config"] = {"dispatch_batches": False}
+        return TrainingArguments(**memory | self.pinned().training)
 
     def bitsandbytes_config(self) -> BitsAndBytesConfig:
         """The 4-bit settings of a `qlora` run (NF4 unless the recipe says otherwise)."""
         defaults = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-        defaults["bnb_4bit_compute_dtype"] = self.model.dtype
+        defaults["bnb_4bit_compute_dtype"] = self.pinned().model.dtype
         return BitsAndBytesConfig(**defaults | self.quantization)
 
 
@@ -140,9 +189,7 @@ def load_recipe(path: Path | str, overrides: list[str] = ()) -> Recipe:
         ValueError: an unknown key (naming the nearest), a wrong type, a missing section, an
             override that is not `dotted.key=value`, or a combination that cannot be meant.
     """
-    tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(tree, dict):
-        raise ValueError(f"got {path} holding {type(tree).__name__}, expected a YAML mapping")
+    tree = _read(Path(path))
     for override in overrides:
         _override(tree, override)
     recipe = _build(tree)
@@ -185,6 +232,22 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """The raw tree of a file, on top of that of its `base` (a path from its own folder)."""
+    tree = parse_yaml(path.read_text(encoding="utf-8"))
+    if not isinstance(tree, dict):
+        raise ValueError(f"got {path} holding {type(tree).__name__}, expected a YAML mapping")
+    base = tree.pop("base", None)
+    return tree if base is None else _merged(_read(path.parent / base), tree)
+
+
+def _merged(base: Any, own: Any) -> Any:
+    """`own` where it speaks, `base` elsewhere. Mappings are merged by key, all else replaced."""
+    if not (isinstance(base, dict) and isinstance(own, dict)):
+        return own
+    return base | {key: _merged(base.get(key), value) for key, value in own.items()}
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     """Apply one `section.key=value` to the raw tree, in place."""
     dotted, equals, text = override.partition("=")
@@ -220,9 +283,11 @@ def _build(tree: dict[str, Any]) -> Recipe:
         training=TRAINING_DEFAULTS | _library(TrainingArguments, tree["training"], "training"),
         features=features,
         features_dir=tree.get("features_dir"),
+        features_dtype=_choice(tree, "features_dtype", "tower", "float16", "int8"),
         adapters=adapters,
         lora=_library(LoraConfig, tree.get("lora"), "lora"),
         quantization=_library(BitsAndBytesConfig, tree.get("quantization"), "quantization"),
+        distillation=_optional(DistillationSection, tree, "distillation"),
         evaluation=[
             _section(EvaluationTask, task, f"evaluation[{i}]")
             for i, task in enumerate(tree.get("evaluation") or [])
@@ -247,6 +312,11 @@ def _section(cls: type, given: Any, name: str) -> Any:
         return cls(**_widened(cls, given))
     except (StrictDataclassError, TypeError) as error:
         raise ValueError(f"section {name}: {error}") from error
+
+
+def _optional(cls: type, tree: dict[str, Any], name: str) -> Any:
+    """A section that may be absent."""
+    return None if tree.get(name) is None else _section(cls, tree[name], name)
 
 
 def _widened(cls: type, given: dict[str, Any]) -> dict[str, Any]:
@@ -274,6 +344,8 @@ def _sources(given: Any, name: str) -> list[dict[str, Any]]:
     sources = [{"path": source} if isinstance(source, str) else source for source in listed]
     if any("path" not in source for source in sources):
         raise ValueError(f"a source in {name} has no `path`: {sources}")
+    for source in sources:
+        check_source(source)
     return sources
 
 
@@ -290,50 +362,95 @@ def _check_combination(recipe: Recipe) -> None:
         raise ValueError("training.output_dir is missing: give the run folder")
     if recipe.model.vision is None and recipe.model.audio is None:
         raise ValueError("model.vision and model.audio are both missing: give at least one tower")
+    surroundings = Surroundings(
+        modules=recipe.modules,
+        cached=recipe.features == "cached",
+        aligned=bool(recipe.aligned_runs),
+        by_modality=recipe.adapters == "by_modality",
+    )
+    check_plan(recipe.tune, surroundings)
     mode = recipe.tune.language_model
     if recipe.quantization and mode != "qlora":
         raise ValueError(
             f"section quantization is given but tune.language_model is {mode}: "
             "add quantization=null"
         )
-    if recipe.lora and mode not in ("lora", "qlora"):
-        raise ValueError(f"section lora is given but tune.language_model is {mode}: add lora=null")
-    if recipe.adapters == "by_modality" and mode not in ("lora", "qlora"):
-        raise ValueError(
-            f"adapters is by_modality but tune.language_model is {mode}: set lora or qlora, or "
-            "adapters=shared"
-        )
+    if recipe.lora and not recipe.tune.adapted:
+        raise ValueError("section lora is given but nothing in `tune` is lora: add lora=null")
     for owned in ("target_modules", "modules_to_save"):
         if owned in recipe.lora:
-            raise ValueError(f"lora.{owned} is chosen by the language model's type: remove it")
-    if mode == "full" and recipe.model.dtype != "float32":
+            raise ValueError(f"lora.{owned} follows from `tune` and the model's type: remove it")
+    if mode == "full" and recipe.model.dtype not in ("auto", "float32"):
         raise ValueError(
             f"got model.dtype={recipe.model.dtype} to tune it in full, expected float32 "
             "(small steps are lost in half precision): set training.bf16 to compute in half"
         )
-    if recipe.training.get("label_smoothing_factor"):
-        raise ValueError("training.label_smoothing_factor: the Trainer would not shift the labels")
-    _check_hub(recipe.training)
+    check_arguments(recipe.training)
+    _check_streams(recipe)
+    _check_batches(recipe.data, recipe.training.get("train_sampling_strategy", "random"))
+    if recipe.distillation is not None:
+        _check_distillation(recipe)
     if recipe.features_dir and recipe.features == "live":
         raise ValueError("features_dir is given but features is live: set features: cached")
+    if recipe.features_dtype != "tower" and recipe.features == "live":
+        raise ValueError("features_dtype is given but features is live: set features: cached")
 
 
-def _check_hub(training: dict[str, Any]) -> None:
-    given = [key for key in training if key.startswith("hub_") and training[key] is not None]
-    if "hub_token" in given:
+def _check_batches(data: DataSection, strategy: str) -> None:
+    if data.packed_length is not None and strategy != "random":
         raise ValueError(
-            "training.hub_token would be written to recipe.yaml: run `hf auth login`, or set "
-            "HF_TOKEN"
+            f"got training.train_sampling_strategy={strategy} and data.packed_length, which makes "
+            "batches of its own: remove one of them"
         )
-    if not training.get("push_to_hub"):
-        if given:
-            raise ValueError(f"training.{given[0]} is given without push_to_hub: add it")
+    if data.packed_length is not None and (
+        data.max_length is None or data.max_length > data.packed_length
+    ):
+        raise ValueError(
+            f"got data.max_length={data.max_length} and data.packed_length={data.packed_length}, "
+            "expected a conversation to fit the row that it shares: set data.max_length to as much "
+            "or less"
+        )
+    if data.group_by_modality and strategy != "group_by_length":
+        raise ValueError(
+            f"got data.group_by_modality and training.train_sampling_strategy={strategy}, expected "
+            "group_by_length, whose batches it makes of one kind: set it, and no data.packed_length"
+        )
+
+
+def _check_streams(recipe: Recipe) -> None:
+    if any(source.get("streaming") for source in recipe.data.validation):
+        raise ValueError("got streaming in data.validation, expected it in data.train alone")
+    if not recipe.streams:
         return
-    if not training.get("hub_model_id"):
-        raise ValueError("training.push_to_hub is given without hub_model_id: name the repository")
-    strategy = training.get("hub_strategy", "every_save")
-    if strategy not in ("end", "every_save"):
+    if recipe.training.get("max_steps", -1) < 1:
         raise ValueError(
-            f"got training.hub_strategy={strategy}, expected end or every_save: whole checkpoints "
-            "hold optimizer state, which is nothing to publish"
+            "got streaming in data.train without training.max_steps, expected it: a stream has no "
+            "length"
         )
+    for key, needs_all in (
+        ("features: cached", recipe.features == "cached"),
+        ("data.packed_length", recipe.data.packed_length is not None),
+        ("distillation", recipe.distillation is not None),
+        (
+            "training.train_sampling_strategy",
+            recipe.training.get("train_sampling_strategy", "random") != "random",
+        ),
+    ):
+        if needs_all:
+            raise ValueError(f"got streaming with {key}, which needs all rows: leave it out")
+
+
+def _check_distillation(recipe: Recipe) -> None:
+    if recipe.tune.language_model == "full":
+        raise ValueError(
+            "distillation is given but tune.language_model is full: nothing is left of the text "
+            "model that is to teach; set lora, or remove the section"
+        )
+    if "audio_projector" not in recipe.modules:
+        raise ValueError(
+            "distillation is given but no recording reaches the language model: give model.audio "
+            "with audio_route=encoder, or remove the section"
+        )
+    for name, value in asdict(recipe.distillation).items():
+        if not value > 0:
+            raise ValueError(f"got distillation.{name}={value}, expected more than 0")

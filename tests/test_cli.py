@@ -16,6 +16,7 @@ HEAVY = ("torch", "transformers", "datasets", "numpy")
     "line",
     [
         "demo --out runs/x",
+        "cache recipes/tiny/stage1.yaml features_dtype=int8",
         "train recipes/tiny/stage1.yaml training.max_steps=1",
         "evaluate runs/x --out y --split val --limit 3 --batch-size 2",
         "export runs/x y --metrics m.json",
@@ -26,7 +27,8 @@ HEAVY = ("torch", "transformers", "datasets", "numpy")
         "--variable A=1 --secret B=C --no-check --no-push",
         "chat y --max-new-tokens 5",
         "serve y --revision abc --port 1",
-        "data check rows.json --processor y --media-root m --max-length 9",
+        "data check rows.json --processor y --media-root m --max-length 9 --out o",
+        "data check recipes/tiny/stage1.yaml data.max_length=9 --out o",
         "feedback export store out --share 0.5 --liked",
         "feedback delete store abc",
         "tiny build-bases --only clip --out c --work w --seed 1",

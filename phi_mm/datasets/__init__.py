@@ -1,7 +1,9 @@
-"""LLaVA json and HF rows -> messages; weighted mixtures; validation of a data set."""
+"""LLaVA json and HF rows -> messages; weighted mixtures; a check of all of it."""
 
 from phi_mm.datasets.mixture import mixture
+from phi_mm.datasets.page import write_page
+from phi_mm.datasets.report import Report, check
 from phi_mm.datasets.rows import load_rows
-from phi_mm.datasets.validation import check, validate
+from phi_mm.datasets.streaming import Stream
 
-__all__ = ["check", "load_rows", "mixture", "validate"]
+__all__ = ["Report", "Stream", "check", "load_rows", "mixture", "write_page"]

@@ -16,7 +16,7 @@ ROLES = {
 }
 TURNS = ("conversations", "messages")
 MEDIA = {"image": ("image", "images"), "audio": ("audio", "audios")}
-UNREADABLE = ("video", "videos")
+UNREADABLE = ("video", "videos", "tools")
 
 # Rough sizes in tokens, good enough to group rows of like length; nothing else reads them.
 CHARACTERS_PER_TOKEN = 4
@@ -27,14 +27,19 @@ Message = dict[str, Any]
 Medium = dict[str, Any]  # {"bytes": bytes or None, "path": str or None}, as `datasets` stores media
 
 
+class PlaceholderError(ValueError):
+    """A row has other numbers of markers and of media."""
+
+
 def to_messages(row: dict, place: Callable[[Medium], str]) -> list[Message]:
     """Turn one row into messages; `<image>` and `<audio>` become parts exactly where they stand.
 
     Args:
         row: `conversations` of `{from, value}` (haotian-liu/LLaVA) or `messages` of `{role,
             content}`, where content is a string or a list of parts (Hugging Face); media beside
-            them in `image`/`images`/`audio`/`audios`: a path, `{bytes, path}`, or a list of these.
-            An assistant's turn with `"weight": 0` is read and not learnt.
+            them in `image`/`images`/`audio`/`audios`: a path, `{bytes, path}`, bytes, or a list of
+            these; `system`, where no turn has that role (LLaMA-Factory). An assistant's turn with
+            `"weight": 0` is read and not learnt.
         place: says where a medium is to be found, as an absolute path or URL.
 
     Returns:
@@ -42,7 +47,8 @@ def to_messages(row: dict, place: Callable[[Medium], str]) -> list[Message]:
         place of the medium; with `"weight": 0` where it was given.
 
     Raises:
-        ValueError: saying what is wrong with the row.
+        PlaceholderError: other numbers of markers and of media.
+        ValueError: anything else that is wrong with the row.
     """
     turns = _turns(row)
     media = {kind: _collect(row, columns) for kind, columns in MEDIA.items()}
@@ -60,7 +66,7 @@ def to_messages(row: dict, place: Callable[[Medium], str]) -> list[Message]:
         messages.append({"role": role, "content": parts, **_weight(turn, role)})
     for kind, count in needed.items():
         if count != len(media[kind]):
-            raise ValueError(
+            raise PlaceholderError(
                 f"got {count} <{kind}> markers and {len(media[kind])} {kind} files, "
                 "expected as many markers as files"
             )
@@ -92,7 +98,14 @@ def _turns(row: dict) -> list[dict]:
         turns = json.loads(turns)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"got no turns, expected a list of them under {' or '.join(TURNS)}")
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and "system" not in map(_speaker, turns):
+        turns = [{"role": "system", "content": system}, *turns]
     return turns
+
+
+def _speaker(turn: dict) -> Any:
+    return turn.get("from") or turn.get("role")
 
 
 def _collect(row: dict, columns: tuple[str, ...]) -> list[Medium]:
@@ -106,13 +119,15 @@ def _collect(row: dict, columns: tuple[str, ...]) -> list[Medium]:
 def _medium(item: Any) -> Medium:
     if isinstance(item, str) and item:
         return {"bytes": None, "path": item}
+    if isinstance(item, bytes) and item:
+        return {"bytes": item, "path": None}
     if isinstance(item, dict) and (item.get("bytes") or item.get("path")):
         return {"bytes": item.get("bytes"), "path": item.get("path")}
     raise ValueError(f"got media {item!r:.80}, expected a path or {{bytes, path}}")
 
 
 def _role_and_content(turn: dict) -> tuple[str, Any]:
-    name = turn.get("from") or turn.get("role")
+    name = _speaker(turn)
     if name not in ROLES:
         raise ValueError(f"got a turn by {name!r}, expected one of {', '.join(ROLES)}")
     content = turn["value"] if turn.get("value") is not None else turn.get("content")

@@ -1,23 +1,17 @@
 """The report as one HTML page that needs nothing else: pictures and recordings are inside it."""
 
-import base64
-import io
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import soundfile
-from PIL import Image
 from tqdm import tqdm
 
 from phi_mm.evaluation.tasks import Item, Row, Task, scores_by_kind
+from phi_mm.pages import media_uri, template
 
-TEMPLATE = "report.html.jinja"
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN = 60  # questions of a task on the page: all of them stand in predictions.jsonl
-SMALL_PICTURE = 128  # pixels; up to here a picture is kept as it is
-LARGEST_PICTURE = 384
 NAMES = {
     "image_qa": "Questions about pictures",
     "image_qa_spoken": "Spoken questions about pictures",
@@ -52,17 +46,10 @@ class Card:
 
 def render_page(tasks: list[Task], title: str, day: str) -> str:
     """The page as text; `title` and `day` stand in its head."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     cards = [card for task in tqdm(tasks, desc="report", leave=False) for card in _cards(task)]
     shares = [task for task in tasks if task.metric != "wer"]
     errors = [task for task in tasks if task.metric == "wer"]
-    return environment.get_template(TEMPLATE).render(
+    return template(TEMPLATE).render(
         title=title,
         day=day,
         charts=[
@@ -133,28 +120,5 @@ def _parts(item: Item) -> list[tuple[str, str]]:
         elif part[kind].startswith(("http://", "https://")):
             parts.append(("text", f"[{kind}: {part[kind]}]"))
         else:
-            parts.append((kind, (picture_uri if kind == "image" else sound_uri)(part[kind])))
+            parts.append((kind, media_uri(kind, part[kind])))
     return parts
-
-
-def picture_uri(path: str) -> str:
-    """A picture as a data URI: as PNG where it is small, else scaled down, as JPEG."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
-    small = max(picture.size) <= SMALL_PICTURE
-    picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG" if small else "JPEG")
-    return _data_uri(buffer, "image/png" if small else "image/jpeg")
-
-
-def sound_uri(path: str) -> str:
-    """A recording as a data URI: MP3, which every browser plays."""
-    samples, rate = soundfile.read(path, dtype="float32")
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format="MP3")
-    return _data_uri(buffer, "audio/mpeg")
-
-
-def _data_uri(buffer: io.BytesIO, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

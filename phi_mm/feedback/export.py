@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from phi_mm.datasets.validation import audio_fault, image_fault
+from phi_mm.datasets.media import audio_fault, image_fault
 from phi_mm.feedback.records import Turn, open_records
 from phi_mm.files import write_whole
 

@@ -31,7 +31,7 @@ def lora_recipe(run: Path) -> Recipe:
             f"got {run} of adapters=by_modality, which answer only together and with projectors "
             "of their own, expected adapters=shared: phi-mm export and push the whole model"
         )
-    if recipe.tune.language_model not in ("lora", "qlora") or not (run / WEIGHTS).is_file():
+    if not recipe.tune.adapted or not (run / WEIGHTS).is_file():
         raise ValueError(
             f"got {run} of tune.language_model={recipe.tune.language_model} "
             f"{'with' if (run / WEIGHTS).is_file() else 'without'} {WEIGHTS}, expected a finished "

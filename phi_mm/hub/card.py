@@ -14,6 +14,7 @@ from phi_mm.checkout import ADAPTER_CARD, MODEL_CARD
 from phi_mm.evaluation.page import CONTROL_NAMES, task_name
 from phi_mm.evaluation.report import METRIC_NAMES, percent
 from phi_mm.evaluation.tasks import BY_A_BASE
+from phi_mm.plan import TOWERS
 from phi_mm.recipes import Recipe
 
 # Whether it sees and whether it hears: the pipeline tag of the Hub, and further tags.
@@ -23,7 +24,7 @@ TASKS = {
     (True, True): ("any-to-any", "image-text-to-text", "audio-text-to-text"),
 }
 TUNING = {
-    "frozen": "Only the projectors were trained.",
+    "frozen": "The projectors were trained; the language model is as it was.",
     "lora": "LoRA taught the language model to use them, and was merged into its weights.",
     "qlora": "LoRA taught the language model, in 4-bit, to use them, and was merged into its "
     "dequantised weights.",
@@ -31,6 +32,8 @@ TUNING = {
     "apart in `adapters/`: a question in text alone meets the language model's own weights.",
     "full": "The whole language model was trained with them.",
 }
+
+TOWERS_TUNED = {"full": "with all its weights", "lora": "by LoRA"}
 
 
 def write_card(folder: Path, recipe: Recipe, model: PreTrainedModel, metrics: Path) -> None:
@@ -54,7 +57,7 @@ def write_card(folder: Path, recipe: Recipe, model: PreTrainedModel, metrics: Pa
         transcribes=model.config.audio_route == "transcript",
         image_tokens=model.config.num_image_tokens if model.config.vision_config else 0,
         audio_ms=20 * model.config.audio_stack,
-        tuning=TUNING[_tuning(recipe)],
+        tuning=_tuning(recipe),
         seed=recipe.training.get("seed", 42),
         results=_results(rows),
         measured=measured,
@@ -64,7 +67,18 @@ def write_card(folder: Path, recipe: Recipe, model: PreTrainedModel, metrics: Pa
 
 
 def _tuning(recipe: Recipe) -> str:
-    return "by_modality" if recipe.adapters == "by_modality" else recipe.tune.language_model
+    apart = recipe.adapters == "by_modality"
+    sentence = TUNING["by_modality" if apart else recipe.tune.language_model]
+    return f"{sentence} {_towers(recipe)}".rstrip()
+
+
+def _towers(recipe: Recipe) -> str:
+    """A sentence on every tower that learnt."""
+    return " ".join(
+        f"The {tower.replace('_', ' ')} learnt too, {TOWERS_TUNED[recipe.tune.fate(tower)]}."
+        for tower in TOWERS
+        if recipe.tune.fate(tower) != "frozen"
+    )
 
 
 def write_adapter_card(folder: Path, recipe: Recipe, base: str | None, metrics: Path) -> None:
@@ -77,13 +91,14 @@ def write_adapter_card(folder: Path, recipe: Recipe, base: str | None, metrics: 
         metrics: metrics.json of the run, if it was evaluated.
     """
     rows, measured = _measured(metrics)
-    adapter = recipe.tune.language_model in ("lora", "qlora")
+    adapter = recipe.tune.adapted
     origins = {part: _origin(name) for part, name in _bases(recipe).items()}
     text = _fill(
         ADAPTER_CARD,
         front_matter=_front_matter(recipe, rows, base, adapter),
         adapter=adapter,
         base=base,
+        towers=_towers(recipe),
         parts=origins,
         in_4_bit=recipe.tune.language_model == "qlora",
         seed=recipe.training.get("seed", 42),

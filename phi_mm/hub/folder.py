@@ -21,6 +21,7 @@ PUBLISHED = (
     "model.safetensors.index.json",
     "adapter_model.safetensors",
     "projectors.safetensors",
+    "towers.safetensors",
     "config.json",
     "generation_config.json",
     ADAPTER_CONFIG,

@@ -1,17 +1,30 @@
 """Where a run goes on: the last whole checkpoint of the same recipe, or the beginning."""
 
+import hashlib
 import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from phi_mm.files import write_whole
 from phi_mm.recipes import Recipe, load_recipe, save_recipe
 
 logger = logging.getLogger(__name__)
 
+SEAL = "checksums.json"
+STATE = "trainer_state.json"
 # Sections whose change makes another run; `training` may change (more steps, other logging).
-SAME_RUN = ("model", "data", "tune", "adapters", "lora", "quantization")
+SAME_RUN = (
+    "model",
+    "data",
+    "tune",
+    "adapters",
+    "lora",
+    "quantization",
+    "distillation",
+    "features_dtype",
+)
 
 
 def begin_or_resume(recipe: Recipe) -> Path | None:
@@ -22,8 +35,9 @@ def begin_or_resume(recipe: Recipe) -> Path | None:
 
     Raises:
         ValueError: the folder holds another recipe's run, or checkpoints although a fresh start was
-            asked for.
+            asked for, or the checkpoint that was asked for is not whole.
     """
+    recipe = recipe.pinned()  # the run is loaded as it was trained, on whatever machine
     asked = recipe.training["resume_from_checkpoint"]
     last = last_checkpoint(recipe.run_dir)
     if asked is None and last is not None:
@@ -32,6 +46,11 @@ def begin_or_resume(recipe: Recipe) -> Path | None:
             "folder or give another training.output_dir"
         )
     found = last if asked == "auto" else asked and Path(asked)
+    if found not in (None, last) and (torn := find_tear(found)):
+        raise ValueError(
+            f"got resume_from_checkpoint={found}, in which {torn}: give another, or auto for the "
+            "last whole one"
+        )
     saved = recipe.run_dir / "recipe.yaml"
     if found is not None and saved.is_file():
         _check_same_run(load_recipe(saved), recipe)
@@ -42,19 +61,51 @@ def begin_or_resume(recipe: Recipe) -> Path | None:
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """The highest checkpoint that was written to its end: a killed run may leave a torn one."""
+    """The highest checkpoint that was written to its end and is as it was written."""
     folders = run_dir.glob("checkpoint-*")
-    whole = [folder for folder in folders if _is_whole(folder / "trainer_state.json")]
-    return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    for folder in sorted(folders, key=lambda f: int(f.name.rpartition("-")[2]), reverse=True):
+        torn = find_tear(folder)
+        if torn is None:
+            return folder
+        logger.warning("passing over %s: %s", folder, torn)
+    return None
 
 
-def _is_whole(state: Path) -> bool:
-    """The Trainer writes its state after everything else, so a readable one closes a checkpoint."""
-    try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
+def seal(folder: Path) -> None:
+    """Notes the checksums of all files of a checkpoint that lacks but the Trainer's state."""
+    sums = {
+        path.relative_to(folder).as_posix(): _checksum(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != STATE and not path.name.startswith(SEAL)
+    }
+    write_whole(folder / SEAL, json.dumps(sums, indent=1))
+
+
+def find_tear(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None when it is whole.
+
+    The Trainer writes its state after everything else, so a readable one closes a checkpoint. That
+    all else is there and as it was written, whatever was deleted or lost since, the seal says.
+    """
+    contents = {}
+    for name in (STATE, SEAL):
+        try:
+            contents[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except ValueError:
+            return f"{name} is cut off"
+    for name, checksum in contents[SEAL].items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _checksum(folder / name) != checksum:
+            return f"{name} is not as it was written"
+    return None
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_same_run(saved: Recipe, recipe: Recipe) -> None:

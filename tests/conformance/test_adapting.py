@@ -13,9 +13,10 @@ from peft.utils.hotswap import hotswap_adapter
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from modeling_phi_mm import PhiMMForConditionalGeneration, PhiMMModel
-from phi_mm.assembly import LORA_TARGETS, projectors
+from phi_mm.assembly import LORA_TARGETS
 from phi_mm.hub import merge
 from phi_mm.hub.export import save_artefact
+from phi_mm.weights import projectors
 
 SECTION = "Adapt"
 

@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForMultimodalLM, PreTrainedModel
 
 from modeling_phi_mm import PhiMMForConditionalGeneration
-from phi_mm.assembly import LORA_TARGETS, projectors
+from phi_mm.assembly import LORA_TARGETS
 from phi_mm.checkout import LICENSE
 from phi_mm.hub.adapter import write_adapter
 from phi_mm.hub.card import write_card
@@ -32,6 +32,7 @@ from phi_mm.hub.push import Destination, push, upload
 from phi_mm.hub.vllm import check_vllm, write_vllm_config
 from phi_mm.recipes import load_recipe
 from phi_mm.training import PhiMMTrainer
+from phi_mm.weights import projectors
 from processing import PhiMMProcessor
 
 way = pytest.mark.way

@@ -12,6 +12,7 @@ import soundfile
 from PIL import Image
 
 from phi_mm.datasets import load_rows
+from phi_mm.datasets.faults import BadRows, Fault, Kind
 from phi_mm.datasets.rows import read_rows
 
 
@@ -115,6 +116,35 @@ def test_an_answer_may_speak_of_the_marker(tmp_path):
     assert read[0]["messages"][1]["content"] == [text("the <image> tag\n")]
 
 
+def test_text_rows_of_a_mix_of_pictures(tmp_path):
+    """The 665K mix: `image` is absent, or empty; ids repeat."""
+    said = turns("two and two?", "four")
+    rows = [
+        {"id": "a", "image": "x.png", "conversations": turns("<image>\nwhat?", "a cat")},
+        {"id": "b", "conversations": said, "model": "gpt"},
+        {"id": "b", "image": "", "conversations": said},
+        {"id": "c", "image": None, "conversations": said},
+        {"id": "c", "image": [], "images": [], "conversations": said},
+    ]
+    read = load_rows(write(tmp_path / "mix.json", rows))
+    assert read["id"][:] == ["a", "b", "b", "c", "c"]
+    assert [row["messages"][0]["content"] for row in read][1:] == [[text("two and two?")]] * 4
+
+
+def test_the_system_column_of_llama_factory(tmp_path):
+    own = [{"from": "system", "value": "own"}, *turns("hello", "hi")]
+    rows = [
+        {"conversations": turns("<image>who?", "me"), "images": ["x.png"], "system": "be brief"},
+        {"conversations": own, "system": "be brief"},
+        {"conversations": turns("hello", "hi"), "system": " "},
+    ]
+    read = load_rows(write(tmp_path / "rows.json", rows))
+    assert [message["role"] for message in read[0]["messages"]] == ["system", "user", "assistant"]
+    assert read[0]["messages"][0]["content"] == [text("be brief")]
+    assert read[1]["messages"][0]["content"] == [text("own")]
+    assert read[2]["messages"][0]["role"] == "user"
+
+
 QUESTION = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "hi"}
 
@@ -134,6 +164,7 @@ ANSWER = {"role": "assistant", "content": "hi"}
         ({"messages": [QUESTION, {"role": "tool", "content": "a"}]}, "got a turn by 'tool'"),
         ({"messages": [QUESTION, {"role": "assistant", "content": None}]}, "got content None"),
         ({"messages": [QUESTION, ANSWER], "videos": ["v.mp4"]}, "got a row with 'videos'"),
+        ({"messages": [QUESTION, ANSWER], "tools": "[{}]"}, "got a row with 'tools'"),
         ({"messages": [QUESTION, {"role": "assistant",
                                   "content": [{"type": "image", "image": "x.png"}]}]},
          "got media in the assistant's turn"),
@@ -145,8 +176,8 @@ def test_a_bad_row_is_named(tmp_path, row, reason):
     path = write(tmp_path / "rows.json", [{"messages": [QUESTION, ANSWER]}, {**row, "id": "odd"}])
     with pytest.raises(ValueError) as caught:
         load_rows(path)
-    assert str(caught.value).startswith(f"{path}, row odd: {reason}")
-    assert "1 bad rows in all" in str(caught.value)
+    assert f"got 1 bad rows of 2 in {path}" in str(caught.value)
+    assert f"\n  {path}, row odd: {reason}" in str(caught.value)
 
 
 def test_skipped_rows_are_counted_also_when_read_from_the_cache(tmp_path, caplog):
@@ -155,9 +186,9 @@ def test_skipped_rows_are_counted_also_when_read_from_the_cache(tmp_path, caplog
     for _ in range(2):
         caplog.clear()
         with caplog.at_level("WARNING"):
-            assert load_rows(path, on_bad_row="skip")["id"][:] == ["0"]
-        assert "skipped 2 bad rows of 3" in caplog.text
-    assert len(read_rows(path)[1]) == 2
+            assert load_rows(path, on_bad_row="skip", skip_at_most=2)["id"][:] == ["0"]
+        assert f"skipped 2 bad rows of 3 in {path}: 2 rows that cannot be read" in caplog.text
+    assert read_rows(path)["fault"][:] == [None, Kind.FORM, Kind.FORM]
     with pytest.raises(ValueError, match="on_bad_row='ignore'"):
         load_rows(path, on_bad_row="ignore")
 
@@ -230,8 +261,9 @@ def test_a_missing_file_is_named(tmp_path):
         load_rows(tmp_path / "none.json")
 
 
-def test_a_data_set_with_embedded_media(tmp_path):
-    """What `datasets.load_dataset` finds on the Hub, here as a local folder of parquet."""
+@pytest.fixture
+def embedded():
+    """Rows in TRL's form, with their media inside, and what the media hold."""
     picture, sound = io.BytesIO(), io.BytesIO()
     Image.new("RGB", (3, 2), (255, 0, 9)).save(picture, "PNG")
     soundfile.write(sound, np.zeros((16, 2)), 8000, format="WAV")
@@ -250,19 +282,90 @@ def test_a_data_set_with_embedded_media(tmp_path):
     data = datasets.Dataset.from_dict(rows)
     features = datasets.Features({**data.features, "images": datasets.List(datasets.Image()),
                                   "audio": datasets.Audio()})  # fmt: skip
-    (tmp_path / "set").mkdir()
-    data.cast(features).to_parquet(tmp_path / "set" / "train.parquet")
-    read = load_rows(tmp_path / "set")
+    return data.cast(features), picture.getvalue(), sound.getvalue()
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "saved", "splits"])
+def test_a_data_set_with_embedded_media(tmp_path, embedded, form):
+    """As the Hub has it (a folder of parquet files), and as it is kept on a disk."""
+    data, picture, sound = embedded
+    path = tmp_path / "set"
+    if form in ("file", "folder"):
+        path.mkdir()
+        data.to_parquet(path / "train.parquet")
+        path = path / "train.parquet" if form == "file" else path
+    else:
+        saved = data if form == "saved" else datasets.DatasetDict({"train": data})
+        saved.save_to_disk(path)
+    read = load_rows(path)
     assert read["source"][:] == ["a", "b"]
     content = read[0]["messages"][0]["content"]
     assert content[1] == text("what is it?")
     with open(content[0]["image"], "rb") as file:
-        assert file.read() == picture.getvalue()
-    path = read[1]["messages"][0]["content"][0]["audio"]
-    assert os.path.isabs(path) and path.endswith(".wav")
+        assert file.read() == picture
+    heard = read[1]["messages"][0]["content"][0]["audio"]
+    assert os.path.isabs(heard) and heard.endswith(".wav")
+    with open(heard, "rb") as file:
+        assert file.read() == sound
+    assert len(load_rows(path, limit=1)) == 1
+
+
+def test_a_split_that_a_saved_data_set_lacks_is_named(tmp_path, embedded):
+    datasets.DatasetDict({"train": embedded[0]}).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match="got split='test', expected one of train"):
+        load_rows(tmp_path / "set", split="test")
+
+
+def test_a_column_of_plain_bytes(tmp_path, embedded):
+    _, picture, _ = embedded
+    said = [[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "pink"}]]
+    plain = datasets.Dataset.from_dict({"image": [picture], "conversations": said})
+    plain.to_parquet(tmp_path / "rows.parquet")
+    path = load_rows(tmp_path / "rows.parquet")[0]["messages"][0]["content"][0]["image"]
     with open(path, "rb") as file:
-        assert file.read() == sound.getvalue()
-    assert len(load_rows(tmp_path / "set", limit=1)) == 1
+        assert file.read() == picture
+
+
+def test_relative_media_of_a_parquet_file_start_beside_it(tmp_path):
+    said = [[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "pink"}]]
+    rows = datasets.Dataset.from_dict({"image": ["x.png"], "conversations": said})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    read = load_rows(tmp_path / "rows.parquet")
+    assert read[0]["messages"][0]["content"] == [image(tmp_path / "x.png")]
+
+
+FAULT = Fault(Kind.FORM, "row 0: odd")
+
+
+@pytest.mark.parametrize(
+    ("limit", "bad", "passes"),
+    [(None, 1, True), (None, 2, False), (0.02, 2, True), (0.02, 3, False), (3, 3, True),
+     (3, 4, False), (0, 1, False), (1.0, 100, True)],
+)  # fmt: skip
+def test_skip_has_a_limit(limit, bad, passes):
+    rows = datasets.Dataset.from_dict({"id": [str(n) for n in range(100)]})
+    faults = [FAULT] * bad + [None] * (100 - bad)
+    policy = BadRows("skip", limit)
+    if passes:
+        assert policy.leave_out(rows, faults, "x")["id"][:] == [str(n) for n in range(bad, 100)]
+        return
+    with pytest.raises(ValueError) as caught:
+        policy.leave_out(rows, faults, "x")
+    assert str(caught.value).startswith(
+        f"got {bad} bad rows of 100 in x: {bad} rows that cannot be read\n  row 0: odd"
+    )
+    assert f"expected at most {policy.allowed(100)}: see skip_at_most" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [(("drop",), "got on_bad_row='drop'"), (("error", 3), "skip_at_most without"),
+     (("skip", -1), "got skip_at_most=-1"), (("skip", 1.5), "got skip_at_most=1.5"),
+     (("skip", True), "got skip_at_most=True"), (("skip", "1 %"), "got skip_at_most='1 %'")],
+)  # fmt: skip
+def test_a_policy_that_is_none_is_refused(given, reason):
+    with pytest.raises(ValueError, match=reason):
+        BadRows(*given)
 
 
 def test_real_messages_rows(samples):
@@ -282,7 +385,9 @@ def test_real_messages_rows(samples):
         audio(folder / "mllm_demo_data/3.flac"),
         text("What does the person say?"),
     ]
-    with pytest.raises(ValueError, match=r"row 0: got a row with 'videos'.*3 bad rows in all"):
+    with pytest.raises(
+        ValueError, match=r"got 3 bad rows of 3 (.|\n)*row 0: got a row with 'videos'"
+    ):
         load_rows(folder / "mllm_video_audio_demo.json")
 
 
@@ -304,7 +409,7 @@ def test_weights_of_answers(tmp_path):
     assert [row["messages"][1].get("weight") for row in read] == [0, None, None]
     rows = [{"messages": [asked, answers[0] | {"weight": 0.5}]}]
     rows += [{"messages": [asked | {"weight": 0}, answers[1]]}]
-    _, problems = read_rows(write(tmp_path / "bad.jsonl", rows))
+    problems = read_rows(write(tmp_path / "bad.jsonl", rows))["problem"][:]
     assert problems[0].endswith(
         "got the weight 0.5 in the assistant's turn, expected 0 or 1 in an assistant's"
     )

@@ -39,6 +39,7 @@ def test_folder_is_a_whole_repository(exported: tuple) -> None:
         "media_phi_mm.py",
         "model.safetensors",
         "modeling_phi_mm.py",
+        "packing_phi_mm.py",
         "processing_phi_mm.py",
         "processor_config.json",
         "projectors_phi_mm.py",

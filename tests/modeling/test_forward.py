@@ -287,3 +287,25 @@ def test_half_a_window_of_noise_after_the_sound_changes_nothing(phi_mm):
         loud = model.get_audio_features(audio_embeds=noisy, audio_embeds_mask=mask).pooler_output
     assert quiet.shape == (3, 32)
     torch.testing.assert_close(quiet, loud, rtol=0, atol=0)
+
+
+def test_training_has_phi_s_activation_by_one_kernel(make_phi_mm):
+    model, processor = make_phi_mm("phi")
+    assert model.config.text_config.hidden_act == "gelu_new"
+    ids = processor.tokenizer("what is it?", return_tensors="pt").input_ids
+
+    def loss_and_nodes() -> tuple[torch.Tensor, set[str]]:
+        loss = model(input_ids=ids, labels=ids).loss
+        names, ahead = set(), [loss.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            names.add(node.name())
+            ahead += [other for other, _ in node.next_functions if other is not None]
+        return loss, names
+
+    plain, spelt_out = loss_and_nodes()
+    model.train()
+    fused, by_one_kernel = loss_and_nodes()
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
+    assert "TanhBackward0" in spelt_out and "TanhBackward0" not in by_one_kernel
+    assert "GeluBackward0" in by_one_kernel

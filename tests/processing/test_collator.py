@@ -2,6 +2,8 @@
 silently.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -142,3 +144,52 @@ def test_a_long_sample_loses_text_from_its_end_and_never_a_placeholder(phi_mm):
     first = int((whole["labels"][0] != -100).nonzero()[0])
     with pytest.raises(ValueError, match="'picture' without a supervised token"):
         PhiMMCollator(processor, max_length=first)([SAMPLES[0]])
+
+
+def test_a_list_of_samples_shares_a_row(phi_mm):
+    _, processor = phi_mm
+    collator = PhiMMCollator(processor)
+    pieces = [collator([sample]) for sample in SAMPLES]
+    lengths = [piece["input_ids"].shape[1] for piece in pieces]
+    batch = collator([SAMPLES[1:], SAMPLES[:1]])
+    assert "attention_mask" not in batch
+    assert batch["input_ids"].shape == (2, max(lengths[1] + lengths[2], lengths[0]))
+    places = [(1, 0), (0, 0), (0, lengths[1])]  # of the samples in their order
+    for (row, start), length, piece in zip(places, lengths, pieces, strict=True):
+        there = slice(start, start + length)
+        assert torch.equal(batch["input_ids"][row, there], piece["input_ids"][0])
+        assert torch.equal(batch["labels"][row, there], piece["labels"][0])
+        assert batch["position_ids"][row, there].tolist() == list(range(length))
+    assert torch.equal(batch["input_features"], pieces[1]["input_features"])
+    assert torch.equal(batch["pixel_values"], pieces[0]["pixel_values"])
+
+
+def test_padding_of_a_shared_row_is_no_conversation(phi_mm):
+    _, processor = phi_mm
+    lengths = [PhiMMCollator(processor)([s])["input_ids"].shape[1] for s in SAMPLES]
+    batch = PhiMMCollator(processor)([SAMPLES, SAMPLES[2:]])
+    assert (batch["labels"][1, lengths[2] :] == -100).all()
+    # Long RoPE looks at the highest position: padding must not be it.
+    padded = [place % max(lengths) for place in range(lengths[0] + lengths[1])]
+    assert batch["position_ids"][1, lengths[2] :].tolist() == padded
+    assert max(padded) < len(padded) - 1
+
+
+def test_a_list_that_is_too_long_for_a_row_goes_on_in_the_next(phi_mm):
+    _, processor = phi_mm
+    lengths = [PhiMMCollator(processor)([s])["input_ids"].shape[1] for s in SAMPLES]
+    fits = PhiMMCollator(processor, packed_length=sum(lengths))([SAMPLES])
+    assert fits["input_ids"].shape == (1, sum(lengths))
+    spilt = PhiMMCollator(processor, packed_length=sum(lengths) - 1)([SAMPLES])
+    assert spilt["input_ids"].shape == (2, lengths[0] + lengths[1])
+    assert spilt["position_ids"][1, : lengths[2]].tolist() == list(range(lengths[2]))
+    assert spilt["labels"].ne(-100).sum() == fits["labels"].ne(-100).sum()
+
+
+def test_the_first_token_of_a_conversation_is_never_predicted(phi_mm):
+    _, processor = phi_mm
+    opens = {"messages": [{"role": "assistant", "content": "hello"}]}
+    processor = copy.copy(processor)
+    processor.chat_template = "{% generation %}{{ messages[0].content }}{% endgeneration %}"
+    batch = PhiMMCollator(processor)([[opens, opens]])
+    assert (batch["labels"][0] != -100).tolist() == ([False] + [True] * 4) * 2

@@ -178,7 +178,7 @@ def recipe(bases: dict[str, Path], rows: Path, tmp_path: Path):
         lines = {
             "model": {k: str(v) for k, v in _parts(bases, text).items()},
             "data": {"train": str(rows)},
-            "tune": {"language_model": tune, "projector_learning_rate": 1e-2},
+            "tune": {"language_model": tune, "learning_rates": _rates(overrides)},
             "training": {
                 "output_dir": str(tmp_path / "run"),
                 "max_steps": 4,
@@ -207,14 +207,25 @@ def trainer():
         return PhiMMTrainer(
             model=model,
             args=arguments,
-            data_collator=PhiMMCollator(processor, None, recipe.data.max_length),
+            data_collator=PhiMMCollator(
+                processor, None, recipe.data.max_length, recipe.data.packed_length
+            ),
             train_dataset=mixture(recipe.data.train, arguments.seed),
             processing_class=processor,
-            projector_learning_rate=recipe.tune.projector_learning_rate,
+            learning_rates=recipe.tune.learning_rates,
+            gradient_norm_limit=recipe.tune.gradient_norm_limit,
+            distillation=recipe.distillation,
+            group_by_modality=recipe.data.group_by_modality,
             **settings,
         )
 
     return make
+
+
+def _rates(overrides: tuple[str, ...]) -> dict[str, float]:
+    """Of the projectors that there are."""
+    gone = {"multi_modal_projector": "model.vision=null", "audio_projector": "model.audio=null"}
+    return {name: 1e-2 for name, override in gone.items() if override not in overrides}
 
 
 def _parts(bases: dict[str, Path], text: str) -> dict[str, Path]:

@@ -16,8 +16,10 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from phi_mm.assembly import assemble, join_parts, load_projectors
+from phi_mm.assembly import assemble, join_parts
+from phi_mm.plan import TuneSection
 from phi_mm.summary import Row, Summary, summarise
+from phi_mm.weights import load_projectors
 
 PHIS = pytest.mark.parametrize("text", ["phi", "phi3"])
 
@@ -122,15 +124,17 @@ def test_summary_prints_totals_and_shares(recipe):
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        (Row("vision_tower", 5, "float32", True), "vision_tower would be adapted"),
-        (Row("audio_tower (LoRA)", 5, "float32", True), "audio_tower would be adapted"),
+        (Row("vision_tower", 5, "float32", True), "vision_tower with 0 weights of LoRA and 5 of"),
+        (Row("audio_tower (LoRA)", 5, "float32", True), "audio_tower with 5 weights of LoRA and 0"),
+        (Row("language_model (LoRA)", 5, "float32", False), "language_model .* expected it lora"),
+        (Row("lm_head", 5, "float32", True), "lm_head .* expected it frozen"),
         (Row("lm_head", 5, "4-bit", False), "lm_head is in 4-bit"),
     ],
 )
 def test_a_run_that_is_not_what_it_says_is_refused(row: Row, complaint: str):
     learning = Row("multi_modal_projector", 5, "float32", True)
     with pytest.raises(ValueError, match=complaint):
-        Summary((row, learning)).check()
+        Summary((row, learning)).check(TuneSection(language_model="lora"))
 
 
 def test_a_run_in_which_nothing_learns_is_refused(recipe):

@@ -134,7 +134,7 @@ def test_what_is_served_and_corrected_is_trained_on_and_measured(
     for name in ("train.jsonl", "test.jsonl"):
         main(["data", "check", str(out / name), "--processor", str(made.run_dir)])
         report = capsys.readouterr().out
-        assert "rows that cannot train: 0" in report and "bad media files: 0" in report
+        assert "rows with no supervised token: 0" in report and "corrupt media: 0" in report
     (task,) = evaluate_run(made.run_dir)
     references = [item.reference for item in task.items]
     assert references == [row["messages"][-1]["content"] for row in test]

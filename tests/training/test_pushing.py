@@ -41,6 +41,7 @@ PUSHED = {
         "generation_phi_mm.py",
         "media_phi_mm.py",
         "modeling_phi_mm.py",
+        "packing_phi_mm.py",
         "projectors_phi_mm.py",
     },
 }

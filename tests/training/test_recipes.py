@@ -4,11 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
 
 from phi_mm.recipes import load_recipe, save_recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+PARTS = ("accelerate", "common")  # of launches and of recipes
+RECIPES = sorted(p for p in (ROOT / "recipes").glob("*/*.yaml") if p.parent.name not in PARTS)
+LAUNCHES = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))
 PLAIN = """
 model: {text: some/phi, vision: some/clip}
 data: {train: rows.json}
@@ -37,10 +42,12 @@ def test_shipped_recipe_loads_and_names_its_own_command(path: Path):
         assert ours == theirs
 
 
-def test_there_are_two_stages_for_each_base():
+def test_every_base_has_every_run():
     names = {(path.parent.name, path.stem) for path in RECIPES}
-    bases = ("tiny", "phi-2", "phi-3.5-mini")
-    assert names == {(base, stage) for base in bases for stage in ("stage1", "stage2")}
+    bases = ("phi-1.5", "phi-2", "phi-3.5-mini", "phi-4-mini")
+    runs = ("stage1", "stage2", "mix665k", "audio", "joint")
+    tiny = {("tiny", "stage1"), ("tiny", "stage2")}
+    assert names == {(base, run) for base in bases for run in runs} | tiny
 
 
 def test_scientific_notation_without_a_dot_is_a_number(plain: Path):
@@ -97,9 +104,11 @@ def test_saved_recipe_is_read_back_equal(plain: Path, tmp_path: Path):
         ("training.max_steps", "expected section.key=value"),
         ("features.dir=x", "features is not a section"),
         ("model.vision=null", "give at least one tower"),
-        ("lora.r=3", "section lora is given but tune.language_model is frozen"),
+        ("lora.r=3", "section lora is given but nothing in `tune` is lora"),
         ("quantization.load_in_4bit=true", "section quantization is given"),
         ("features_dir=x", "features is live"),
+        ("features_dtype=int8", "features is live"),
+        ("features_dtype=int4", "got features_dtype='int4', expected tower or float16 or int8"),
         ("training.output_dir=null", "output_dir is missing"),
         ("model={text: a, vision: b, dtype: float64}", "dtype"),
         ("training.label_smoothing_factor=0.1", "label_smoothing"),
@@ -121,3 +130,56 @@ def test_full_tuning_keeps_its_weights_in_float32(plain: Path):
         ValueError, match="got model.dtype=bfloat16 to tune it in full, expected float32"
     ):
         load_recipe(plain, ["tune.language_model=full", "model.dtype=bfloat16"])
+
+
+def test_a_recipe_speaks_on_top_of_its_base(plain: Path, tmp_path: Path):
+    nested = tmp_path / "nested"
+    nested.mkdir()
+    (nested / "own.yaml").write_text(
+        "base: ../plain.yaml\ndata: {train: [a.json, b.json]}\ntraining: {learning_rate: 1e-3}\n"
+    )
+    recipe = load_recipe(nested / "own.yaml", ["training.max_steps=4"])
+    assert recipe.model == load_recipe(plain).model
+    assert recipe.data.train == [{"path": "a.json"}, {"path": "b.json"}]  # lists are replaced
+    assert recipe.training["learning_rate"] == 1e-3
+    assert (recipe.training["output_dir"], recipe.training["max_steps"]) == ("out", 4)
+
+
+LAUNCHES = {
+    "ddp": (DistributedType.MULTI_GPU, 1, 8),
+    "nodes": (DistributedType.MULTI_GPU, 2, 16),
+    "fsdp": (DistributedType.FSDP, 1, 8),
+    "zero2": (DistributedType.DEEPSPEED, 1, 8),
+    "zero3": (DistributedType.DEEPSPEED, 1, 8),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_are_read_by_accelerate_and_head_a_command_that_loads(name: str):
+    path = ROOT / f"recipes/accelerate/{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert (config.distributed_type, config.num_machines, config.num_processes) == LAUNCHES[name]
+    (command,) = (line for line in path.read_text().splitlines() if "accelerate launch" in line)
+    words = command.lstrip("# ").split()
+    arguments = launch_command_parser().parse_args(words[2:])
+    assert arguments.config_file == f"recipes/accelerate/{name}.yaml"
+    recipe, *overrides = arguments.training_script_args
+    load_recipe(ROOT / recipe, overrides)
+
+
+def test_all_launches_are_looked_at():
+    assert {path.stem for path in (ROOT / "recipes/accelerate").iterdir()} == set(LAUNCHES)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3)])
+def test_zero_settings_are_those_of_its_plugin(name: str, stage: int):
+    settings = load_config_from_file(str(ROOT / f"recipes/accelerate/{name}.yaml")).deepspeed_config
+    assert settings["zero_stage"] == stage
+    known = {action.dest for action in launch_command_parser()._actions}
+    assert settings.keys() <= known
+
+
+def test_fsdp_settings_are_arguments_of_the_launcher():
+    settings = load_config_from_file(str(ROOT / "recipes/accelerate/fsdp.yaml")).fsdp_config
+    assert settings["fsdp_version"] == 2
+    assert settings.keys() <= {action.dest for action in launch_command_parser()._actions}

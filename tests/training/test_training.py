@@ -1,43 +1,19 @@
-"""The training loop: resume, accumulation, rates, merging.
+"""The training loop: resume, accumulation, merging.
 
 pytest tests/training/test_training.py
 """
 
-import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from phi_mm.assembly import assemble, load_run
 from phi_mm.datasets import mixture
-from phi_mm.recipes import Recipe, save_recipe
 from phi_mm.training import begin_or_resume, by_modality
-from phi_mm.training.checkpoints import last_checkpoint
 from phi_mm.training.sampler import LengthGroupedSampler
-
-ROOT = Path(__file__).parents[2]
-
-
-def run_cli(recipe: Recipe, path: Path, *overrides: str) -> subprocess.Popen:
-    save_recipe(recipe, path)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), str(path), *overrides],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -50,42 +26,6 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-
-
-def test_a_killed_run_ends_as_a_straight_one(recipe, rows: Path, tmp_path: Path):
-    settings = ["training.save_steps=3", "lora.lora_dropout=0.1", f"data.validation={rows}"]
-    settings += ["features=cached", f"features_dir={tmp_path / 'features'}"]
-    straight = recipe(*settings, f"training.output_dir={tmp_path / 'straight'}")
-    process = run_cli(straight, tmp_path / "straight.yaml", "training.max_steps=12")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert_whole_run(straight.run_dir, output)
-
-    killed = recipe(*settings, f"training.output_dir={tmp_path / 'killed'}")
-    process = run_cli(killed, tmp_path / "killed.yaml", "training.max_steps=12")
-    while last_checkpoint(killed.run_dir) is None and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    reached = int(last_checkpoint(killed.run_dir).name.rpartition("-")[2])
-    assert reached < 12
-
-    process = run_cli(killed, tmp_path / "killed.yaml", "training.max_steps=12")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert f"resuming from {killed.run_dir}/checkpoint-{reached}" in output
-    assert_same_weights(straight.run_dir, killed.run_dir)
-
-
-def assert_whole_run(run_dir: Path, output: str) -> None:
-    """All that train.py leaves behind is there."""
-    assert "language_model" in output and "4-bit" in output  # the summary
-    losses = json.loads((run_dir / "eval_results.json").read_text())
-    assert losses["eval_image_loss"] > 0
-    assert yaml.safe_load((run_dir / "recipe.yaml").read_text())["training"]["max_steps"] == 12
-    names = {path.name for path in run_dir.iterdir()}
-    assert {"adapter_model.safetensors", "processor_config.json", "chat_template.jinja"} <= names
-    assert "model.safetensors" not in names
 
 
 def test_stage_1_resumes_and_hands_its_projectors_to_stage_2(trainer, recipe, tmp_path: Path):
@@ -142,29 +82,6 @@ def test_length_grouped_batches_hold_every_row_once_and_little_padding():
     assert other != rows and sorted(other) == list(range(1003))
 
 
-def test_a_torn_checkpoint_is_passed_over(tmp_path: Path):
-    for step, state in ((2, "{}"), (10, "{}"), (12, '{"global_st'), (14, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert last_checkpoint(tmp_path / "checkpoint-14") is None
-
-
-def test_a_run_folder_is_not_mixed_up(recipe):
-    first = recipe()
-    assert begin_or_resume(first) is None
-    checkpoint = first.run_dir / "checkpoint-2"
-    checkpoint.mkdir()
-    (checkpoint / "trainer_state.json").write_text("{}")
-    assert begin_or_resume(recipe("training.max_steps=9")) == checkpoint
-    with pytest.raises(ValueError, match=r"another recipe \(lora.r: 4 -> 5\)"):
-        begin_or_resume(recipe("lora.r=5"))
-    with pytest.raises(ValueError, match="holds checkpoint-2"):
-        begin_or_resume(recipe("training.resume_from_checkpoint=null"))
-
-
 def test_accumulated_batches_learn_as_the_whole_batch(trainer, recipe):
     """Rows have answers of different lengths, so a mean of means would differ."""
     ends = []
@@ -184,22 +101,6 @@ def test_accumulated_batches_learn_as_the_whole_batch(trainer, recipe):
         ends.append((losses, run.model.model.audio_projector.linear_1.weight.detach()))
     assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-4)
     torch.testing.assert_close(ends[0][1], ends[1][1], atol=1e-6, rtol=1e-4)
-
-
-def test_projectors_learn_at_their_own_rate(trainer, recipe):
-    run = trainer(recipe("training.weight_decay=0.1"))
-    optimizer = run.create_optimizer()
-    names = {id(p): name for name, p in run.model.named_parameters()}
-    rates: dict[str, set[float]] = {"lora": set(), "projector": set()}
-    seen = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names[id(parameter)]
-            seen.append(name)
-            rates["projector" if "projector" in name else "lora"].add(group["lr"])
-    learning = {name for name, p in run.model.named_parameters() if p.requires_grad}
-    assert rates == {"lora": {1e-3}, "projector": {1e-2}}
-    assert sorted(seen) == sorted(learning)
 
 
 @pytest.mark.parametrize("text", ["phi", "phi3"])
