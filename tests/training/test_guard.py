@@ -65,10 +65,12 @@ def test_a_gradient_within_the_limit_does_not(recipe, trainer):
     assert runner.state.global_step == 4
 
 
-def test_rows_have_the_losses_that_they_have_alone(recipe, trainer):
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_have_the_losses_that_they_have_alone(recipe, trainer, packed: bool):
     runner = trainer(recipe())
     samples = [runner.train_dataset[i] for i in range(5)]
-    batch = NamingCollator(runner.data_collator)(samples)
+    given = [samples[:3], samples[3:]] if packed else samples
+    batch = NamingCollator(runner.data_collator)(given)
     ids = batch.pop("ids")
     assert ids == [sample["id"] for sample in samples]
     found = row_losses(runner.model, ids, batch)
