@@ -153,7 +153,8 @@ class ChatPage:
             self._send,
             [*fields, *settings, self.conversation],
             [self.talk, *fields],
-            trigger_mode="once",
+            # With "once" the page itself drops a question asked just after Stop or Clear.
+            trigger_mode="multiple",
             **private,
         )
         self.talk.retry(self._retry, [*settings, self.conversation], self.talk, **private)
@@ -178,6 +179,8 @@ class ChatPage:
         self, text, image, audio, length, temperature, keep, conversation: Conversation
     ) -> AsyncIterator[tuple]:
         try:
+            if conversation.answering:
+                raise ValueError("the last question is still being answered: wait, or press Stop")
             conversation.ask(text, image, audio)
         except ValueError as error:
             gr.Warning(str(error))

@@ -34,6 +34,7 @@ class Turn:
         error: why there is no answer; such a turn is shown, and not said to the model again.
         request: id of the request that asked for the answer.
         rating: what the user thinks of it: 1, -1, or 0 for nothing.
+        ended: nothing more will come.
     """
 
     text: str = ""
@@ -45,6 +46,7 @@ class Turn:
     error: str = ""
     request: str = ""
     rating: int = 0
+    ended: bool = False
 
     def question(self) -> list[dict[str, str]]:
         """The parts of the user's message."""
@@ -79,13 +81,13 @@ class Turn:
         elif isinstance(event, Text):
             self.answer, self.note = event.text, "..."
         elif isinstance(event, Answer):
-            self.answer, self.note = event.text, describe(event)
+            self.answer, self.note, self.ended = event.text, describe(event), True
 
     def fail(self, error: ValueError) -> None:
         """Notes why there is no answer; files are named as the user knows them, and those that
         nobody can use are not kept.
         """
-        self.error, self.note = str(error), ""
+        self.error, self.note, self.ended = str(error), "", True
         for path in filter(None, (self.image, self.audio)):
             self.error = self.error.replace(path, Path(path).name)
         if isinstance(error, UnusableFile):
@@ -135,6 +137,11 @@ class Conversation:
         self.name = self.name or uuid.uuid4().hex
         self.turns.append(Turn(text, image, audio))
 
+    @property
+    def answering(self) -> bool:
+        """Whether the last question is still being answered."""
+        return bool(self.turns) and not self.turns[-1].ended
+
     def go_back(self, message: int | list[int]) -> None:
         """Forgets everything after a question.
 
@@ -172,8 +179,8 @@ class Conversation:
             keep: the user allows the owner to keep the question and its answer.
         """
         turn = self.turns[-1]
-        yield turn
         try:
+            yield turn
             request = self._request(max_new_tokens, temperature, keep)
             turn.request = request.id
             async with aclosing(engine.stream(request)) as events:
@@ -183,6 +190,8 @@ class Conversation:
         except ValueError as error:
             turn.fail(error)
             yield turn
+        finally:
+            turn.ended = True  # also when whoever asked is gone
 
     def feedback(
         self, turn: Turn, rating: int, reason: str, correction: str, keep: bool
