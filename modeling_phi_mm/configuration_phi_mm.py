@@ -29,11 +29,15 @@ class PhiMMConfig(PreTrainedConfig):
         projector_hidden_size: width of the projectors' hidden layer; `None` for the language
             model's own width.
         projector_hidden_act: activation between the two linear layers of a projector.
-        audio_stack: encoder frames (20 ms each) stacked into one audio token.
+        audio_stack: encoder frames (20 ms each) stacked into one audio token; 1 on the routes
+            that project transcript tokens, whatever is given.
         audio_route: what a recording becomes: `encoder` projects Whisper's encoder frames;
             `transcript` puts Whisper's transcript into the prompt as ordinary text, and needs no
-            training.
-        transcript_generation_config: Whisper's generation settings, for the `transcript` route.
+            training; `transcript_embeddings` projects the transcript's tokens as Whisper's decoder
+            embeds them; `decoder` projects the last hidden states of Whisper's decoder at those
+            tokens.
+        transcript_generation_config: Whisper's generation settings, for the routes with a
+            transcript.
         modality_adapters: the modalities (`image`, `audio`) that have a LoRA of their own, saved in
             `adapters/<modality>`; rows of text alone use none. `None` for a model without them.
 
@@ -75,7 +79,7 @@ class PhiMMConfig(PreTrainedConfig):
     projector_hidden_size: int | None = None
     projector_hidden_act: str = "gelu"
     audio_stack: int = 4
-    audio_route: Literal["encoder", "transcript"] = "encoder"
+    audio_route: Literal["encoder", "transcript", "transcript_embeddings", "decoder"] = "encoder"
     transcript_generation_config: dict | None = None
     modality_adapters: list[Literal["image", "audio"]] | None = None
     tie_word_embeddings: bool = False
@@ -84,6 +88,8 @@ class PhiMMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Tying is read from the top level; Phi-4-mini states it in its own (text) config.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        if self.audio_route in ("transcript_embeddings", "decoder"):
+            self.audio_stack = 1  # one token of the transcript is one audio token
 
     def validate_architecture(self):
         """Checks that the parts fit together. Called on construction by the strict dataclass."""

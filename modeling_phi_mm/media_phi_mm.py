@@ -13,6 +13,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .adapters_phi_mm import refuse_mixed_projectors
 from .packing_phi_mm import any_in_conversation
+from .transcription_phi_mm import WRITTEN_ROUTES, TranscriptionMixin
 
 MEDIA_INPUTS = (
     "pixel_values",
@@ -24,7 +25,7 @@ MEDIA_INPUTS = (
 )
 
 
-class MediaMixin:
+class MediaMixin(TranscriptionMixin):
     """For a model with `vision_tower`, `audio_tower` (or None) and their projectors, and a
     `modality_router` (or None) of adapters by modality.
     """
@@ -45,6 +46,11 @@ class MediaMixin:
         C).
         """
         self._require_audio_encoder()
+        if self.config.audio_route in WRITTEN_ROUTES:
+            raise ValueError(
+                f"got mel windows, but audio_route is {self.config.audio_route!r}, which starts "
+                "from the transcript: write it down with processor.transcribe(messages, model)"
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.audio_tower)):
             return self.audio_tower(input_features.to(self.audio_tower.dtype)).last_hidden_state
 
@@ -104,8 +110,10 @@ class MediaMixin:
             input_features: mel windows (W, mels, M), each as long as Whisper's window.
             input_features_mask: (W, M), 1 where a mel frame (10 ms) holds sound; all of them when
                 absent.
-            audio_embeds: cached encoder frames (W, F, C) in place of mel windows.
-            audio_embeds_mask: (W, F), 1 where a frame (20 ms) holds sound; all of them when absent.
+            audio_embeds: cached encoder frames (W, F, C) in place of mel windows; on the routes
+                `transcript_embeddings` and `decoder` what `get_transcript_features` gives.
+            audio_embeds_mask: (W, F), 1 where a frame (20 ms) holds sound, or a token of the
+                transcript stands; all of them when absent.
         """
         self._require_audio_encoder()
         refuse_mixed_projectors(self.audio_projector)

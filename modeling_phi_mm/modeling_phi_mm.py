@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -30,6 +30,7 @@ from .generation_phi_mm import PhiMMGenerationMixin
 from .media_phi_mm import MEDIA_INPUTS, MediaMixin, is_trained
 from .packing_phi_mm import find_conversations, packed_arguments
 from .projectors_phi_mm import AudioProjector, ImageProjector
+from .transcription_phi_mm import WRITTEN_ROUTES
 
 
 @dataclass
@@ -121,10 +122,10 @@ class PhiMMModel(MediaMixin, PhiMMPreTrainedModel):
             self.multi_modal_projector = ImageProjector(config)
         self.audio_tower = self.audio_projector = None
         if config.audio_config is not None:
-            if config.audio_route == "transcript":
-                self.audio_tower = WhisperForConditionalGeneration._from_config(config.audio_config)
-            else:
-                self.audio_tower = WhisperEncoder._from_config(config.audio_config)
+            whole = config.audio_route in WRITTEN_ROUTES
+            tower = WhisperForConditionalGeneration if whole else WhisperEncoder
+            self.audio_tower = tower._from_config(config.audio_config)
+            if config.audio_route != "transcript":
                 self.audio_projector = AudioProjector(config)
         self.language_model = build_language_model(config.text_config)
         self.modality_router = None  # there once adapters by modality are
@@ -256,6 +257,14 @@ class PhiMMForConditionalGeneration(
         """See [`PhiMMModel.get_audio_features`]."""
         return self.model.get_audio_features(*args, **kwargs)
 
+    def get_transcript_features(self, *args, **kwargs) -> list[torch.Tensor]:
+        """See [`PhiMMModel.get_transcript_features`]."""
+        return self.model.get_transcript_features(*args, **kwargs)
+
+    def transcribe(self, input_features: torch.Tensor, **generate_kwargs) -> torch.LongTensor:
+        """See [`PhiMMModel.transcribe`]."""
+        return self.model.transcribe(input_features, **generate_kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -355,34 +364,6 @@ class PhiMMForConditionalGeneration(
                 "got float16, in which this model overflows on this input: its logits are not "
                 "finite; load it with dtype=torch.bfloat16 or torch.float32",
             )
-
-    @torch.no_grad()
-    def transcribe(self, input_features: torch.Tensor, **generate_kwargs) -> torch.LongTensor:
-        """Whisper's own transcript, for the `transcript` route.
-
-        Args:
-            input_features: mel windows (W, mels, M).
-
-        Returns:
-            (W, tokens): ids of Whisper's vocabulary, decoded by `processor.transcript_tokenizer`.
-
-        Raises:
-            ValueError: when the model was not built for the `transcript` route.
-        """
-        if self.config.audio_config is None or self.config.audio_route != "transcript":
-            raise ValueError(
-                f"got audio_route={self.config.audio_route!r}, expected 'transcript' and an "
-                "audio_config: only then "
-                "does the model hold Whisper's decoder"
-            )
-        whisper = self.model.audio_tower
-        return whisper.generate(
-            input_features=input_features.to(whisper.device, whisper.dtype),
-            generation_config=GenerationConfig.from_dict(
-                self.config.transcript_generation_config or {}
-            ),
-            **generate_kwargs,
-        )
 
 
 __all__ = ["PhiMMForConditionalGeneration", "PhiMMModel", "PhiMMPreTrainedModel"]

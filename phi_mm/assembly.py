@@ -28,6 +28,7 @@ from transformers import (
 
 from modeling_phi_mm import PhiMMConfig, PhiMMForConditionalGeneration
 from modeling_phi_mm.adapters_phi_mm import MODALITIES
+from modeling_phi_mm.transcription_phi_mm import WRITTEN_ROUTES
 from phi_mm.parts import (
     AUDIO_TOKEN,
     IMAGE_TOKEN,
@@ -111,7 +112,7 @@ def join_parts(
         audio.config if audio else None,
         tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, AUDIO_TOKEN]),
     )
-    if audio and spec.audio_route == "transcript":
+    if audio and spec.audio_route in WRITTEN_ROUTES:
         config.transcript_generation_config = audio.generation_config.to_dict()
     quantized = four_bit and recipe.tune.language_model == "qlora"
     weights = _joined_weights(config, text, vision, audio)
@@ -295,7 +296,7 @@ def _joined_weights(
         del vision.encoder.layers[config.num_vision_layers :]
         parts["model.vision_tower"] = vision
     if audio is not None:
-        whole = config.audio_route == "transcript"
+        whole = config.audio_route in WRITTEN_ROUTES
         parts["model.audio_tower"] = audio if whole else audio.get_encoder()
     return {
         f"{prefix}.{key}": value
@@ -343,13 +344,13 @@ def _generation_config(
 def _processor(
     spec: ModelSection, config: PhiMMConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PhiMMProcessor:
-    transcript = spec.audio is not None and spec.audio_route == "transcript"
+    written = spec.audio is not None and spec.audio_route in WRITTEN_ROUTES
     return PhiMMProcessor(
         image_processor=spec.vision and AutoImageProcessor.from_pretrained(spec.vision),
         feature_extractor=spec.audio and WhisperFeatureExtractor.from_pretrained(spec.audio),
         tokenizer=tokenizer,
-        transcript_tokenizer=AutoTokenizer.from_pretrained(spec.audio) if transcript else None,
+        transcript_tokenizer=AutoTokenizer.from_pretrained(spec.audio) if written else None,
         num_image_tokens=config.num_image_tokens if spec.vision else 0,
-        audio_stack=spec.audio_stack,
+        audio_stack=config.audio_stack,
         chat_template=chat_template_for(tokenizer),
     )

@@ -73,7 +73,7 @@ class Chat:
 
     def _answer(self, messages: list[dict[str, Any]]) -> str:
         if self.processor.transcript_tokenizer is not None:
-            messages = self.processor.transcribe(messages, self.model)
+            messages = self._written(messages)
         inputs = self.processor.apply_chat_template(
             messages,
             add_generation_prompt=True,
@@ -97,6 +97,15 @@ class Chat:
             streamer=streamer,
         )
         return tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
+
+    def _written(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The recordings written down; the screen says what was heard in the new ones."""
+        written = self.processor.transcribe(messages, self.model)
+        pairs = zip(messages[-1]["content"], written[-1]["content"], strict=True)
+        heard = [new.get("transcript", new.get("text")) for old, new in pairs if "audio" in old]
+        if heard:
+            print(f"(heard: {'; '.join(heard)})")
+        return written
 
 
 def chat(artefact: str, source: TextIO, max_new_tokens: int = 256) -> None:

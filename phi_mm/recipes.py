@@ -116,7 +116,9 @@ class Recipe:
         if self.model.vision is not None:
             modules += ["vision_tower", "multi_modal_projector"]
         if self.model.audio is not None and self.model.audio_route == "encoder":
-            modules += ["audio_tower", "audio_projector"]
+            modules.append("audio_tower")  # elsewhere it writes transcripts, without a gradient
+        if self.model.audio is not None and self.model.audio_route != "transcript":
+            modules.append("audio_projector")
         return tuple(modules)
 
     @property
@@ -390,10 +392,20 @@ def _check_combination(recipe: Recipe) -> None:
     _check_batches(recipe.data, recipe.training.get("train_sampling_strategy", "random"))
     if recipe.distillation is not None:
         _check_distillation(recipe)
+    if recipe.model.audio is not None and recipe.features == "live":
+        _check_live_route(recipe.model.audio_route)
     if recipe.features_dir and recipe.features == "live":
         raise ValueError("features_dir is given but features is live: set features: cached")
     if recipe.features_dtype != "tower" and recipe.features == "live":
         raise ValueError("features_dtype is given but features is live: set features: cached")
+
+
+def _check_live_route(route: str) -> None:
+    if route != "encoder":
+        raise ValueError(
+            f"got features: live with model.audio_route={route}, with which Whisper would write "
+            "every recording down at every step: set features: cached, where it does so once"
+        )
 
 
 def _check_batches(data: DataSection, strategy: str) -> None:
@@ -446,7 +458,7 @@ def _check_distillation(recipe: Recipe) -> None:
             "distillation is given but tune.language_model is full: nothing is left of the text "
             "model that is to teach; set lora, or remove the section"
         )
-    if "audio_projector" not in recipe.modules:
+    if "audio_tower" not in recipe.modules:
         raise ValueError(
             "distillation is given but no recording reaches the language model: give model.audio "
             "with audio_route=encoder, or remove the section"

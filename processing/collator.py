@@ -19,8 +19,9 @@ class Features(Protocol):
     def image(self, source: Any) -> torch.Tensor:
         """Patch features (P, C) of a picture."""
 
-    def audio(self, source: Any) -> torch.Tensor:
-        """Sounding encoder frames (F, C) of a recording."""
+    def audio(self, source: Any) -> torch.Tensor | str:
+        """Sounding encoder frames (F, C) of a recording, or states (T, C) at the words of its
+        transcript, or the words themselves."""
 
 
 class PhiMMCollator:
@@ -100,7 +101,10 @@ class PhiMMCollator:
             if part["type"] == "image":
                 return {"type": "image", "image_embeds": self.features.image(part["image"])}
             if part["type"] == "audio":
-                return {"type": "audio", "audio_embeds": self.features.audio(part["audio"])}
+                heard = self.features.audio(part["audio"])
+                if isinstance(heard, str):
+                    return {"type": "text", "text": heard}
+                return {"type": "audio", "audio_embeds": heard}
             return part
 
         return [

@@ -21,6 +21,7 @@ try:
 except ImportError:  # needed only for audio that is not 16 kHz mono already
     librosa = None
 
+NOTHING_HEARD = "(nothing was heard)"  # what a recording without words becomes
 SUB_PROCESSORS = ("image_processor", "feature_extractor", "tokenizer", "transcript_tokenizer")
 
 
@@ -56,7 +57,7 @@ class PhiMMProcessor(ProcessorMixin):
             attribute.
         feature_extractor: Whisper's; `None` for a model without audio.
         tokenizer: Phi's, with the placeholder tokens in its vocabulary.
-        transcript_tokenizer: Whisper's, for the `transcript` route only.
+        transcript_tokenizer: Whisper's, for the routes that start from a transcript.
         num_image_tokens: placeholders for one picture (`PhiMMConfig.num_image_tokens`).
         audio_stack: encoder frames stacked into one audio token (`PhiMMConfig.audio_stack`).
         chat_template: Jinja source; `processing.chat_template_for(tokenizer)` has one for each Phi.
@@ -195,13 +196,14 @@ class PhiMMProcessor(ProcessorMixin):
             images = [x if _is_cached(x) else self.load_image(x) for x in _flatten(images)]
         if audio is not None:
             self._require("feature_extractor", "audio", "audio tower")
-            if self.transcript_tokenizer is not None and text is not None:
+            audio = _flatten(audio)
+            written = self.transcript_tokenizer is not None and text is not None
+            if written and not all(map(_is_cached, audio)):
                 raise ValueError(
-                    "got audio, but this model's audio_route is 'transcript': first put the "
-                    "transcripts into the "
-                    "messages with processor.transcribe(messages, model)"
+                    "got audio, but this model's audio_route starts from a transcript: first write "
+                    "it down with messages = processor.transcribe(messages, model)"
                 )
-            audio = [x if _is_cached(x) else self.load_audio(x) for x in _flatten(audio)]
+            audio = [x if _is_cached(x) else self.load_audio(x) for x in audio]
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
         return images, text, videos, audio
@@ -412,30 +414,34 @@ class PhiMMProcessor(ProcessorMixin):
         return self.audio_token * audio_inputs["num_audio_tokens"][audio_idx]
 
     def transcribe(self, messages: list[dict], model, **generate_kwargs) -> list[dict]:
-        """Puts Whisper's transcript in the place of each recording, for the `transcript` route.
+        """Writes every recording down, for the routes that start from a transcript.
 
         Args:
             messages: one conversation.
-            model: a `PhiMMForConditionalGeneration` with `audio_route="transcript"`.
+            model: a `PhiMMForConditionalGeneration` with such an `audio_route`.
+            generate_kwargs: as `model.transcribe` takes them.
 
         Returns:
-            the conversation with every audio part turned into a text part; the one passed in is
-            left as it is.
+            the conversation with every audio part turned into what `transcript_part` gives; the one
+            passed in is left as it is.
         """
         if self.transcript_tokenizer is None:
             raise ValueError(
-                "got a processor without transcript_tokenizer, expected one of the 'transcript' "
-                "route"
+                "got a processor without transcript_tokenizer, expected one of the 'transcript', "
+                "'transcript_embeddings' or 'decoder' route"
             )
 
         def convert(part: dict) -> dict:
-            if part["type"] != "audio":
+            if part["type"] != "audio" or part.get("audio_embeds") is not None:
                 return part
             samples = self.load_audio(_media_of(part, ("audio", "url", "path", "base64")))
             mel = self._mel_windows([samples])["input_features"]
-            ids = model.transcribe(mel, **generate_kwargs)
-            windows = self.transcript_tokenizer.batch_decode(ids, skip_special_tokens=True)
-            return {"type": "text", "text": " ".join(window.strip() for window in windows)}
+            text, words = self.read_transcript(model.transcribe(mel, **generate_kwargs))
+            if not text or model.config.audio_route == "transcript":
+                return self.transcript_part(text)
+            said = {k: v for k, v in generate_kwargs.items() if k in ("language", "task")}
+            features = model.get_transcript_features(mel, words, **said)
+            return self.transcript_part(text, torch.cat(features).cpu())
 
         return [
             message
@@ -443,6 +449,34 @@ class PhiMMProcessor(ProcessorMixin):
             else {**message, "content": [convert(part) for part in message["content"]]}
             for message in messages
         ]
+
+    def read_transcript(self, ids: torch.LongTensor) -> tuple[str, list[list[int]]]:
+        """The text of one recording, and the ids of its words.
+
+        Args:
+            ids: (W, tokens) that `model.transcribe` wrote for its windows.
+
+        Returns:
+            the text, empty where Whisper wrote no word, and for each window its ids without special
+            tokens and timestamps.
+        """
+        windows = self.transcript_tokenizer.batch_decode(ids, skip_special_tokens=True)
+        text = " ".join(window.strip() for window in windows).strip()
+        marks = {*self.transcript_tokenizer.all_special_ids}
+        marks |= self.transcript_tokenizer.added_tokens_decoder.keys()  # timestamps are added ones
+        return text, [[i for i in row if i not in marks] for row in ids.tolist()]
+
+    def transcript_part(self, text: str, features: torch.Tensor | None = None) -> dict:
+        """What stands in a message in the place of a recording.
+
+        Args:
+            text: of the recording. Where it is empty the part says that nothing was heard, on every
+                route, so that the answer knows of the recording and has no placeholder for it.
+            features: (T, C) of its words, for the routes that project them.
+        """
+        if features is None or not text:
+            return {"type": "text", "text": text or NOTHING_HEARD}
+        return {"type": "audio", "audio_embeds": features, "transcript": text}
 
 
 def _media_of(part: dict, keys: tuple[str, ...]) -> Any:
@@ -546,4 +580,4 @@ def _to_mono(samples: np.ndarray, rate: int, wanted_rate: int) -> np.ndarray:
     return librosa.resample(samples, orig_sr=rate, target_sr=wanted_rate)
 
 
-__all__ = ["PhiMMProcessor"]
+__all__ = ["NOTHING_HEARD", "PhiMMProcessor"]

@@ -85,9 +85,9 @@ def _revision(settings: Settings) -> str:
 def _senses(model: PreTrainedModel) -> str:
     """What it takes beside text, and how recordings reach it."""
     sees = ["sees pictures"] if model.config.vision_config is not None else []
-    hears = {"encoder": "hears recordings", "transcript": "reads what Whisper heard in recordings"}
     if model.config.audio_config is not None:
-        sees.append(hears[model.config.audio_route])
+        hears = model.config.audio_route == "encoder"
+        sees.append("hears recordings" if hears else "reads what Whisper heard in recordings")
     return " and ".join(sees) or "takes text alone"
 
 

@@ -21,7 +21,7 @@ from datasets.fingerprint import Hasher
 
 from phi_mm.datasets import faults, media
 from phi_mm.datasets.faults import Fault, Kind
-from phi_mm.datasets.media import count_samples, kind_of, media_facts
+from phi_mm.datasets.media import count_samples, kind_of, media_facts, words_of
 from phi_mm.datasets.rows import form_faults
 from processing import PhiMMCollator, PhiMMProcessor
 
@@ -123,7 +123,8 @@ class TokenCounter:
         self.collator = PhiMMCollator(processor, features=self, max_length=max_length)
         present = processor.get_attributes()
         self.seen = "image_processor" in present
-        self.heard = "feature_extractor" in present and "transcript_tokenizer" not in present
+        self.heard = "feature_extractor" in present
+        self.written = "transcript_tokenizer" in present
 
     def lengths(self, conversations: list[list[dict]]) -> list[int]:
         """Tokens of each conversation before any is cut."""
@@ -159,7 +160,7 @@ class TokenCounter:
         return torch.zeros(1, 1)
 
     def audio(self, source: Any) -> torch.Tensor:
-        """As many frames as the recording has."""
+        """As many frames as the recording has, or words where it is written down."""
         return torch.zeros(self._frames(source), 1)
 
     def _frames(self, source: Any) -> int:
@@ -167,10 +168,12 @@ class TokenCounter:
         extractor = self.processor.feature_extractor
         if extractor is None:  # the processor itself will say that it takes no audio
             return 1
-        if not isinstance(source, str):
-            return self.processor.count_frames(len(source))
-        samples = count_samples(self.seconds[source], extractor.sampling_rate)
-        return self.processor.count_frames(samples)
+        if isinstance(source, str):
+            samples = count_samples(self.seconds[source], extractor.sampling_rate)
+        else:
+            samples = len(source)
+        frames = self.processor.count_frames(samples)
+        return words_of(frames) * self.processor.audio_stack if self.written else frames
 
     def _tokens(self, part: dict) -> int:
         if part["type"] == "image":

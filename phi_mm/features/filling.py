@@ -17,6 +17,7 @@ from phi_mm.datasets import mixture
 from phi_mm.features.cache import FeatureCache, open_cache
 from phi_mm.features.prediction import Prediction, check_room, predict
 from phi_mm.features.towers import encoders, load_towers
+from phi_mm.features.transcripts import Transcript, TranscriptStore
 from phi_mm.features.writer import ShardWriter
 from phi_mm.recipes import Recipe
 from processing import PhiMMProcessor
@@ -71,11 +72,14 @@ def fill_cache(
     """
     state = PartialState()
     media = cache.find_media(datasets)
-    predictions = predict(cache, towers, processor, media)
+    predictions = predict(cache, towers, processor, cache.featured(media))
     for prediction in predictions if state.is_main_process else ():
         logger.info("%s", prediction)
     check_room(predictions, cache.folder)
     state.wait_for_everyone()  # before anyone writes, and makes the room smaller
+    if cache.transcripts is not None:
+        _write_down(cache.transcripts, towers, processor, media["audio"], device, batch_size)
+    media = cache.featured(media)
     for modality, sources in media.items():
         # Of all keys, not of the missing ones: the shares are then the same in every process.
         share = list(sources)[state.process_index :: state.num_processes]
@@ -83,7 +87,8 @@ def fill_cache(
         if own:
             encoders(towers)[modality].to(device)
             with ShardWriter(cache.stores[modality], state.process_index) as writer:
-                _fill(writer, modality, towers, processor, own, batch_size)
+                written = cache.transcripts if modality == "audio" else None
+                _fill(writer, modality, towers, processor, own, batch_size, written)
     state.wait_for_everyone()
     _see_all(cache, media)
     return predictions
@@ -108,20 +113,16 @@ def _fill(
     processor: PhiMMProcessor,
     sources: dict[str, Any],
     batch_size: int,
+    transcripts: TranscriptStore | None,
 ) -> None:
     passes = {"image": (_prepare_images, _encode_images), "audio": (_prepare_audio, _encode_audio)}
     prepare, encode = passes[modality]
-    keys = list(sources)
-    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-    prepared = DataLoader(
-        [[sources[key] for key in batch] for batch in batches],
-        batch_size=None,
-        collate_fn=partial(_result_or_error, prepare, processor),
-        num_workers=_spare_cores() if len(batches) > 1 else 0,
-    )
+    if transcripts is not None:
+        encode = partial(_encode_words, iter([transcripts[key] for key in sources]))
+    batches, prepared = _prepared(prepare, processor, sources, batch_size)
     encoded: list[tuple[str, torch.Tensor]] = []
     hidden = not PartialState().is_main_process
-    with tqdm(total=len(keys), desc=f"{modality} features", disable=hidden) as bar:
+    with tqdm(total=len(sources), desc=f"{modality} features", disable=hidden) as bar:
         for batch, inputs in zip(batches, prepared, strict=True):
             if isinstance(inputs, ValueError):
                 raise inputs
@@ -131,6 +132,51 @@ def _fill(
                 writer.append(encoded)
                 encoded = []
     writer.append(encoded)
+
+
+def _write_down(
+    store: TranscriptStore,
+    towers: MediaMixin,
+    processor: PhiMMProcessor,
+    sources: dict[str, Any],
+    device: torch.device,
+    batch_size: int,
+) -> None:
+    """Whisper writes every recording down that the store does not hold; each process its share."""
+    state = PartialState()
+    share = list(sources)[state.process_index :: state.num_processes]
+    own = {key: sources[key] for key in share if key not in store}
+    if own:
+        towers.audio_tower.to(device)
+        batches, prepared = _prepared(_prepare_audio, processor, own, batch_size)
+        hidden = not state.is_main_process
+        with tqdm(total=len(own), desc="transcripts", disable=hidden) as bar:
+            for batch, inputs in zip(batches, prepared, strict=True):
+                if isinstance(inputs, ValueError):
+                    raise inputs
+                mel, lengths = inputs
+                ids = towers.transcribe(torch.from_numpy(mel))
+                windows = ids.split([count for count, _ in lengths])
+                written = [Transcript(*processor.read_transcript(rows)) for rows in windows]
+                store.append(state.process_index, zip(batch, written, strict=True))
+                bar.update(len(batch))
+    state.wait_for_everyone()
+    store.refresh()
+
+
+def _prepared(
+    prepare: Callable, processor: PhiMMProcessor, sources: dict[str, Any], batch_size: int
+) -> tuple[list[list[str]], DataLoader]:
+    """Keys in batches, and what `prepare` makes of each batch in other processes, or its error."""
+    keys = list(sources)
+    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+    loader = DataLoader(
+        [[sources[key] for key in batch] for batch in batches],
+        batch_size=None,
+        collate_fn=partial(_result_or_error, prepare, processor),
+        num_workers=_spare_cores() if len(batches) > 1 else 0,
+    )
+    return batches, loader
 
 
 def _spare_cores() -> int:
@@ -180,3 +226,17 @@ def _encode_audio(
         # Only the last window of a recording holds frames without sound, at its end.
         yield frames[start : start + windows].flatten(0, 1)[:sounding]
         start += windows
+
+
+def _encode_words(
+    transcripts: Iterator[Transcript],
+    towers: MediaMixin,
+    mel: np.ndarray,
+    lengths: list[tuple[int, int]],
+) -> Iterator[torch.Tensor]:
+    """(T, C) of each recording: what is projected at its words, window after window."""
+    words = [next(transcripts).words for _ in lengths]
+    windows = [ids for recording in words for ids in recording]
+    features = iter(towers.get_transcript_features(torch.from_numpy(mel), windows))
+    for recording in words:
+        yield torch.cat([next(features) for _ in recording])

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from modeling_phi_mm.media_phi_mm import MediaMixin
+from phi_mm.datasets.media import words_of
 from phi_mm.features.cache import FeatureCache
 from phi_mm.features.keys import BAR_AFTER
 from phi_mm.features.towers import encoders
@@ -73,6 +74,8 @@ def predict(
             lengths = [(config.image_size // config.patch_size) ** 2] * len(missing)
         else:
             width, lengths = config.d_model, _frames(processor, missing)
+            if cache.transcripts is not None:  # no more words than that, whoever speaks
+                lengths = [words_of(frames) for frames in lengths]
         size = sum(store.storage.size(length, width) + LINE_BYTES for length in lengths)
         told = (modality, len(media[modality]), len(missing), sum(lengths), width, size)
         predictions.append(Prediction(*told))

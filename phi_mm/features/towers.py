@@ -1,6 +1,7 @@
 """The frozen towers as the cache needs them: alone, and known by what decides their output."""
 
 import hashlib
+import json
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from modeling_phi_mm import PhiMMConfig
 from modeling_phi_mm.media_phi_mm import MediaMixin
+from modeling_phi_mm.transcription_phi_mm import WRITTEN_ROUTES
 from phi_mm.assembly import load_processor
 from phi_mm.parts import load_audio, load_vision
 from phi_mm.recipes import Recipe
@@ -41,10 +43,12 @@ def load_towers(recipe: Recipe) -> tuple[Towers, PhiMMProcessor]:
         audio_token_id=0,
         vision_feature_layer=spec.vision_feature_layer,
         audio_route=spec.audio_route,
+        transcript_generation_config=audio and audio.generation_config.to_dict(),
     )
     if vision is not None:
         del vision.encoder.layers[config.num_vision_layers :]
-    towers = Towers(config, vision, audio and audio.get_encoder())
+    whole = spec.audio_route in WRITTEN_ROUTES
+    towers = Towers(config, vision, audio if whole or audio is None else audio.get_encoder())
     for run_dir in recipe.aligned_runs:
         load_learnt_towers(towers, run_dir)
     return towers.eval(), load_processor(recipe)
@@ -52,7 +56,7 @@ def load_towers(recipe: Recipe) -> tuple[Towers, PhiMMProcessor]:
 
 def encoders(towers: MediaMixin) -> dict[str, nn.Module]:
     """The towers whose outputs are projected, under `image` and `audio`."""
-    heard = towers.config.audio_route == "encoder"  # the transcript route has words in their place
+    heard = towers.config.audio_route != "transcript"  # which has words in their place
     both = {"image": towers.vision_tower, "audio": towers.audio_tower if heard else None}
     return {modality: tower for modality, tower in both.items() if tower is not None}
 
@@ -62,7 +66,8 @@ def fingerprint(tower: nn.Module, processor: PhiMMProcessor, modality: str) -> d
     if modality == "image":
         preparation, layers = processor.image_processor, tower.encoder.layers
     else:
-        preparation, layers = processor.feature_extractor, tower.layers
+        # A tower of the routes that start from a transcript is the whole Whisper.
+        preparation, layers = processor.feature_extractor, tower.get_encoder().layers
     settings = {k: v for k, v in preparation.to_dict().items() if k != "mel_filters"}
     return {
         "weights": _weights_hash(tower),
@@ -70,6 +75,15 @@ def fingerprint(tower: nn.Module, processor: PhiMMProcessor, modality: str) -> d
         "dtype": str(tower.dtype).removeprefix("torch."),
         **{f"preprocessing {key}": str(value) for key, value in settings.items()},
     }
+
+
+def writing(towers: MediaMixin) -> dict[str, str]:
+    """What decides a transcript, and the features at its words, besides the tower's fingerprint."""
+    if towers.config.audio_route not in WRITTEN_ROUTES:
+        return {}
+    settings = dict(towers.config.transcript_generation_config or {})
+    settings.pop("transformers_version", None)
+    return {"Whisper's generation": json.dumps(settings, sort_keys=True)}
 
 
 def _weights_hash(module: nn.Module) -> str:

@@ -54,7 +54,7 @@ def write_card(folder: Path, recipe: Recipe, model: PreTrainedModel, metrics: Pa
         dtype=str(model.dtype).removeprefix("torch."),
         sees=model.config.vision_config is not None,
         hears=model.config.audio_config is not None,
-        transcribes=model.config.audio_route == "transcript",
+        transcribes=model.config.audio_route != "encoder",
         image_tokens=model.config.num_image_tokens if model.config.vision_config else 0,
         audio_ms=20 * model.config.audio_stack,
         tuning=_tuning(recipe),

@@ -61,10 +61,10 @@ def missed_by_config(config: dict) -> list[str]:
             f"auto_map.AutoModel is {config['auto_map'].get('AutoModel')}, expected {BASE_MODEL}: "
             "vLLM adds a head of its own"
         )
-    if config.get("audio_route") == "transcript":
+    if config.get("audio_route", "encoder") != "encoder":
         missed.append(
-            "audio_route is 'transcript', expected 'encoder': vLLM runs no second model that "
-            "writes recordings down"
+            f"audio_route is {config['audio_route']!r}, expected 'encoder': vLLM runs no second "
+            "model that writes recordings down"
         )
     if config.get("modality_adapters"):
         missed.append(

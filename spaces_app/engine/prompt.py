@@ -32,7 +32,7 @@ class Prompt:
         inputs: `image_embeds`, `audio_embeds` and `audio_embeds_mask` of all media, reading order.
         windows: audio windows of each recording, reading order.
         modalities: what stands in it, of "image" and "audio".
-        heard: Whisper's transcript of each recording, where the artefact's route is `transcript`.
+        heard: Whisper's transcript of each recording, where the artefact's route has one.
         encoded: media that had to pass a tower now.
     """
 
@@ -81,7 +81,7 @@ class PromptReader:
         context: int,
     ):
         self.model, self.processor, self.limits, self.context = model, processor, limits, context
-        self.features: BoundedStore[torch.Tensor | str] = BoundedStore(budget)
+        self.features: BoundedStore[torch.Tensor | tuple] = BoundedStore(budget)
 
     @torch.no_grad()
     def read(self, messages: list[dict[str, Any]]) -> Prompt:
@@ -130,9 +130,14 @@ class PromptReader:
             media.images.append((content, features))
             return {"type": "image", "image_embeds": features}
         if self.processor.transcript_tokenizer is not None:
-            _, text = self._once("transcript", part["audio"], self._transcribe, media)
+            content, (text, features) = self._once(
+                "transcript", part["audio"], self._transcribe, media
+            )
             media.heard.append(text)
-            return {"type": "text", "text": text}
+            if features is None:
+                return {"type": "text", "text": text}
+            media.recordings.append((content, features))
+            return {"type": "audio", "audio_embeds": features}
         content, features = self._once("audio", part["audio"], self._hear, media)
         media.recordings.append((content, features))
         return {"type": "audio", "audio_embeds": features}
@@ -149,8 +154,7 @@ class PromptReader:
         if value is None:
             value = compute(path)
             media.encoded += 1
-            size = len(value) if isinstance(value, str) else value.nbytes
-            self.features.put(content, value, size)
+            self.features.put(content, value, _size(value))
         return content, value
 
     def _open(self, path: str, check: Callable[[str], None], load: Callable[[str], Any]) -> Any:
@@ -186,11 +190,13 @@ class PromptReader:
         ]
         return torch.cat(heard).flatten(0, 1)[:frames].clone()
 
-    def _transcribe(self, path: str) -> str:
+    def _transcribe(self, path: str) -> tuple[str, torch.Tensor | None]:
+        """What Whisper wrote, and features (T, C) at its words where the route projects them."""
         samples = self._open(path, self.limits.check_recording, self.processor.load_audio)
         recording = {"role": "user", "content": [{"type": "audio", "audio": samples}]}
         written = self.processor.transcribe([recording], self.model)
-        return written[0]["content"][0]["text"]
+        part = written[0]["content"][0]
+        return part.get("transcript", part.get("text")), part.get("audio_embeds")
 
     def _keys(self, ids: list[int], media: "_Media") -> list[Hashable]:
         count, config = self.processor.count_audio_tokens, self.model.config
@@ -207,6 +213,14 @@ class PromptReader:
             ),
         }
         return [next(placeholders[i]) if i in placeholders else i for i in ids]
+
+
+def _size(value: torch.Tensor | tuple[str, torch.Tensor | None]) -> int:
+    """Bytes of what `_once` keeps."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    text, features = value
+    return len(text) + (0 if features is None else features.nbytes)
 
 
 @dataclass

@@ -186,8 +186,13 @@ def test_cache_of_other_preprocessing_is_refused(make_phi_mm, tmp_path: Path):
 
 
 def test_the_transcript_route_caches_no_audio(make_phi_mm, rows, tmp_path: Path):
-    cache = filled(tmp_path, make_phi_mm(audio_route="transcript"), rows)
+    model, processor = make_phi_mm(audio_route="transcript")
+    processor.transcript_tokenizer = processor.tokenizer  # bytes: ids of Whisper's toy vocabulary
+    cache = filled(tmp_path, (model, processor), rows)
     assert list(cache.stores) == ["image"] and len(cache.stores["image"]) == 5
+    recording = rows[5]["messages"][0]["content"][1]
+    written = processor.transcribe([{"role": "user", "content": [recording]}], model)
+    assert written[0]["content"] == [{"type": "text", "text": cache.audio(recording["audio"])}]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -262,8 +262,12 @@ def test_temperature_is_chance(ask, generator: Generator) -> None:
     assert len(set(answers)) > 1
 
 
-def test_transcripts_are_heard_once_and_told(make_phi_mm: Callable, media: Path) -> None:
-    model, processor = make_phi_mm(audio_route="transcript")
+@pytest.mark.parametrize("route", ["transcript", "decoder"])
+def test_transcripts_are_heard_once_and_told(
+    route: str, make_phi_mm: Callable, media: Path
+) -> None:
+    generation = {"decoder_start_token_id": 62, "max_length": 8}
+    model, processor = make_phi_mm(audio_route=route, transcript_generation_config=generation)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
     processor.transcript_tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     generator = Generator(model, processor, PLENTY, PLENTY)
@@ -271,7 +275,9 @@ def test_transcripts_are_heard_once_and_told(make_phi_mm: Callable, media: Path)
     events = []
     answer = generator.answer(Request("one", messages, 4), events.append, ending())
     written = processor.transcribe(messages, model)
-    assert events[0] == Heard([written[0]["content"][0]["text"]])
+    part = written[0]["content"][0]
+    assert part["type"] == ("text" if route == "transcript" else "audio")
+    assert events[0] == Heard([part.get("transcript", part.get("text"))])
     assert answer.token_ids == plainly(model, processor, written, 4)
     assert answer.encoded_media == 1
     again = generator.answer(Request("one", messages, 4), events.append, ending())

@@ -43,6 +43,7 @@ PUSHED = {
         "modeling_phi_mm.py",
         "packing_phi_mm.py",
         "projectors_phi_mm.py",
+        "transcription_phi_mm.py",
     },
 }
 
