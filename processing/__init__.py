@@ -8,6 +8,7 @@ from modeling_phi_mm import PhiMMConfig
 
 from .collator import PhiMMCollator
 from .processing_phi_mm import PhiMMProcessor
+from .recordings_phi_mm import open_recording
 
 AutoProcessor.register(PhiMMConfig, PhiMMProcessor)
 
@@ -21,4 +22,4 @@ def chat_template_for(tokenizer: PreTrainedTokenizerBase) -> str:
     return (Path(__file__).parent / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-__all__ = ["PhiMMCollator", "PhiMMProcessor", "chat_template_for"]
+__all__ = ["PhiMMCollator", "PhiMMProcessor", "chat_template_for", "open_recording"]

@@ -12,14 +12,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, ProcessorMixin
-from transformers.audio_utils import load_audio
 from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
 
-try:
-    import librosa
-except ImportError:  # needed only for audio that is not 16 kHz mono already
-    librosa = None
+from .recordings_phi_mm import name_of, open_recording
 
 NOTHING_HEARD = "(nothing was heard)"  # what a recording without words becomes
 SUB_PROCESSORS = ("image_processor", "feature_extractor", "tokenizer", "transcript_tokenizer")
@@ -46,9 +42,9 @@ class PhiMMProcessor(ProcessorMixin):
 
     A picture is given as a path, a URL, a PIL image, a uint8 array (H, W, 3), or as cached patch
     features
-    `{"image_embeds": (P, C)}`. A recording is given as a path, a URL, a 16 kHz float array
-        (samples,), a pair
-    `(array, sampling_rate)`, a dict `{"array", "sampling_rate"}`, or as cached encoder frames
+    `{"image_embeds": (P, C)}`. A recording is given as a path, a URL, the bytes of a file, a file
+    object, a 16 kHz array (samples,), a pair `(array, sampling_rate)`, a dict
+    `{"array", "sampling_rate"}`, `{"bytes"}` or `{"path"}`, or as cached encoder frames
     `{"audio_embeds": (F, C)}`. In messages they stand under the part's own type:
     `{"type": "image", "image": "cat.png"}`, `{"type": "audio", "audio": "question.wav"}`.
 
@@ -245,7 +241,7 @@ class PhiMMProcessor(ProcessorMixin):
         Raises:
             ValueError: when the source is missing, broken or no picture; the message names it.
         """
-        name = _name_of(source)
+        name = name_of(source)
         try:
             if isinstance(source, (str, Path)) and not _is_local(source):
                 return load_image(str(source))
@@ -315,37 +311,14 @@ class PhiMMProcessor(ProcessorMixin):
     # ---- audio
 
     def load_audio(self, source: Any) -> np.ndarray:
-        """Opens a recording as 16 kHz mono float32 (samples,); other rates and channels are
-        converted.
+        """Opens a recording of any usual kind as 16 kHz mono float32 (samples,), by
+        `open_recording`, which says what it may be.
 
         Raises:
             ValueError: when the source is missing, broken, empty or holds NaN; the message names
                 it.
         """
-        name, rate = _name_of(source), self.feature_extractor.sampling_rate
-        try:
-            if isinstance(source, (str, Path)):
-                samples = load_audio(str(source), sampling_rate=rate, backend="soundfile")
-            else:
-                samples = _to_mono(*_samples_and_rate(source, rate), rate)
-        except Exception as error:  # a broken file makes decoders raise errors of any kind
-            raise ValueError(
-                f"got the audio {name}, expected a recording that can be opened (WAV, FLAC, MP3, "
-                f"OGG): {error}"
-            ) from error
-        samples = np.asarray(samples, dtype=np.float32)
-        if samples.ndim > 1:
-            samples = samples.mean(axis=tuple(range(1, samples.ndim)))
-        if samples.size == 0:
-            raise ValueError(
-                f"got the audio {name} with 0 samples, expected at least one: record or cut it "
-                "again"
-            )
-        if not np.isfinite(samples).all():
-            raise ValueError(
-                f"got the audio {name} with NaN or infinite samples, expected finite numbers"
-            )
-        return samples
+        return open_recording(source, self.feature_extractor.sampling_rate)
 
     def split_windows(self, samples: np.ndarray) -> list[np.ndarray]:
         """Cuts a recording into Whisper's windows (30 s); the last one holds the rest."""
@@ -512,13 +485,6 @@ def _flatten(items: Any) -> list:
     return [leaf for item in items for leaf in _flatten(item)]
 
 
-def _name_of(source: Any) -> str:
-    if isinstance(source, (str, Path)):
-        text = str(source)
-        return repr(text if len(text) <= 200 else text[:60] + "...")
-    return f"of type {type(source).__name__}"
-
-
 def _is_local(source: str | Path) -> bool:
     return not str(source).startswith(("http://", "https://", "data:"))
 
@@ -543,41 +509,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def _samples_and_rate(source: Any, default_rate: int) -> tuple[np.ndarray, int]:
-    if isinstance(source, dict):
-        source, rate = source["array"], source["sampling_rate"]
-    elif isinstance(source, tuple):
-        source, rate = source
-    else:
-        rate = default_rate
-    if isinstance(source, torch.Tensor):
-        source = source.cpu().numpy()
-    samples = np.asarray(source)
-    if samples.dtype.kind == "i":
-        samples = samples / (np.iinfo(samples.dtype).max + 1)
-    if samples.dtype.kind != "f":
-        raise ValueError(f"got an array of {samples.dtype}, expected float or integer samples")
-    return samples.astype(np.float32), int(rate)
-
-
-def _to_mono(samples: np.ndarray, rate: int, wanted_rate: int) -> np.ndarray:
-    if (
-        samples.ndim == 2
-    ):  # (channels, samples) or (samples, channels): there are more samples than channels
-        samples = samples.mean(axis=int(np.argmin(samples.shape)))
-    if samples.ndim != 1:
-        raise ValueError(
-            f"got an array of shape {samples.shape}, expected (samples,) or one axis of channels"
-        )
-    if rate == wanted_rate or samples.size == 0:
-        return samples
-    if librosa is None:
-        raise ValueError(
-            f"got audio of {rate} Hz, expected {wanted_rate} Hz: `pip install librosa` converts it"
-        )
-    return librosa.resample(samples, orig_sr=rate, target_sr=wanted_rate)
 
 
 __all__ = ["NOTHING_HEARD", "PhiMMProcessor"]

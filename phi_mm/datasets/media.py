@@ -10,7 +10,9 @@ import soundfile
 from PIL import Image, ImageOps
 
 from phi_mm.datasets.faults import Kind
+from processing import open_recording
 
+RATE = 16_000  # Hz
 AUDIO_FORMATS = {
     ".wav": ("WAV", "WAVEX", "RF64"),
     ".flac": ("FLAC",),
@@ -88,10 +90,18 @@ def _hear(path: str) -> tuple[str | None, float]:
     try:
         with soundfile.SoundFile(path) as sound:
             samples = sound.read(dtype="float32")
-    except soundfile.LibsndfileError as error:
-        return f"unreadable: {error}", 0.0
+    except soundfile.LibsndfileError:
+        return _hear_otherwise(path)
     fault = _sound_fault(Path(path), sound.format, sound.frames, samples)
     return fault, len(samples) / sound.samplerate
+
+
+def _hear_otherwise(path: str) -> tuple[str | None, float]:
+    """`_hear` for what libsndfile cannot read: whether training can all the same."""
+    try:
+        return None, len(open_recording(path, RATE)) / RATE
+    except ValueError as error:
+        return f"unreadable: {error.__cause__ or error}", 0.0
 
 
 def _sound_fault(path: Path, held: str, frames: int, samples: np.ndarray) -> str | None:

@@ -216,12 +216,10 @@ def _audio_tokens(source: Any, processor: PhiMMProcessor) -> int:
         return TOKENS_PER_AUDIO
     try:
         header = soundfile.info(source)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(
-            f"got the audio {source!r}, expected a recording that can be opened: {error}"
-        ) from error
-    rate = processor.feature_extractor.sampling_rate
-    samples = math.ceil(header.frames * rate / header.samplerate)
+        rate = processor.feature_extractor.sampling_rate
+        samples = math.ceil(header.frames * rate / header.samplerate)
+    except soundfile.LibsndfileError:  # of another format, or broken, which is told here
+        samples = len(processor.load_audio(source))
     return processor.count_audio_tokens(processor.count_frames(samples))
 
 

@@ -43,6 +43,7 @@ def test_folder_is_a_whole_repository(exported: tuple) -> None:
         "processing_phi_mm.py",
         "processor_config.json",
         "projectors_phi_mm.py",
+        "recordings_phi_mm.py",
         "tokenizer.json",
         "tokenizer_config.json",
         "transcription_phi_mm.py",

@@ -23,6 +23,7 @@ PROCESSOR = {
     "chat_template.jinja",
     "processing_phi_mm.py",
     "processor_config.json",
+    "recordings_phi_mm.py",
     "tokenizer.json",
     "tokenizer_config.json",
 }
