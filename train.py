@@ -55,6 +55,7 @@ def main() -> None:
         gradient_norm_limit=recipe.tune.gradient_norm_limit,
         distillation=recipe.distillation,
         group_by_modality=recipe.data.group_by_modality,
+        augmentation=recipe.data.augmentation,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 

@@ -20,6 +20,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from phi_mm.arguments import HALF, TRAINING_DEFAULTS, check_arguments
+from phi_mm.datasets.augmentation import AugmentationSection
 from phi_mm.datasets.mixture import check_source
 from phi_mm.files import write_whole
 from phi_mm.plan import Surroundings, TuneSection, check_plan
@@ -60,6 +61,7 @@ class DataSection:
     max_length: int | None = None
     packed_length: int | None = None  # tokens of a row that several conversations share
     group_by_modality: bool = False  # batches of like length that are also of one kind
+    augmentation: AugmentationSection | None = None  # of recordings, in training alone
 
 
 @strict
@@ -276,6 +278,10 @@ def _build(tree: dict[str, Any]) -> Recipe:
     for key in ("train", "validation"):
         if key in data:
             data[key] = _sources(data[key], f"data.{key}")
+    if data.get("augmentation") is not None:
+        data["augmentation"] = _section(
+            AugmentationSection, data["augmentation"], "data.augmentation"
+        )
     features = _choice(tree, "features", "live", "cached")
     adapters = _choice(tree, "adapters", "shared", "by_modality")
     return Recipe(
@@ -394,6 +400,8 @@ def _check_combination(recipe: Recipe) -> None:
         _check_distillation(recipe)
     if recipe.model.audio is not None and recipe.features == "live":
         _check_live_route(recipe.model.audio_route)
+    if recipe.data.augmentation is not None:
+        _check_augmentation(recipe)
     if recipe.features_dir and recipe.features == "live":
         raise ValueError("features_dir is given but features is live: set features: cached")
     if recipe.features_dtype != "tower" and recipe.features == "live":
@@ -405,6 +413,19 @@ def _check_live_route(route: str) -> None:
         raise ValueError(
             f"got features: live with model.audio_route={route}, with which Whisper would write "
             "every recording down at every step: set features: cached, where it does so once"
+        )
+
+
+def _check_augmentation(recipe: Recipe) -> None:
+    if recipe.features == "cached":
+        raise ValueError(
+            "data.augmentation is given but features is cached: they are computed once, from the "
+            "recordings as they are; set features: live, or remove the section"
+        )
+    if recipe.model.audio is None:
+        raise ValueError(
+            "data.augmentation is given but the model hears nothing: give model.audio, or remove "
+            "the section"
         )
 
 

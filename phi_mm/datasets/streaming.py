@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 BUFFER = 1000  # rows among which a stream is shuffled
 AT_ONCE = 16
+ROUND = "round"  # key of a streamed row: how often its source has ended before
 ENOUGH = 1000  # rows that a share of bad ones is taken of at least
 BROKEN = (ValueError, OSError, Image.DecompressionBombError)
 
@@ -61,7 +62,7 @@ class Stream(torch.utils.data.IterableDataset):
         self.weights = [source.get("weight") or 1 for source in [*self.streamed, *rest]]
 
     def __iter__(self) -> Iterator[dict]:
-        """`{id, messages}`; each of a data loader's workers gives a part of the rows."""
+        """`{id, messages, round}`; each of a data loader's workers gives a part of the rows."""
         worker = get_worker_info()
         mine, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         rng = random.Random(f"{self.seed} {mine}")
@@ -73,7 +74,8 @@ class Stream(torch.utils.data.IterableDataset):
     def _again_and_again(self, rows: datasets.Dataset, mine: int, workers: int) -> Iterator[dict]:
         for epoch in count():
             order = rows.shuffle(seed=self.seed + epoch)
-            yield from order.select(range(mine % len(order), len(order), workers))
+            for row in order.select(range(mine % len(order), len(order), workers)):
+                yield {**row, ROUND: epoch}
 
     def _stream(self, number: int, mine: int, workers: int) -> Iterator[dict]:
         source, path = self.streamed[number], self.streamed[number]["path"]
@@ -92,7 +94,7 @@ class Stream(torch.utils.data.IterableDataset):
                     logger.warning("skipped a row of %s: %s", path, error)
                 else:
                     good += 1
-                    yield opened
+                    yield {**opened, ROUND: epoch}
             if not good:
                 raise ValueError(f"got no row from the stream {path}, expected at least {workers}")
 

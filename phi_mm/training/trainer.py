@@ -14,10 +14,12 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from modeling_phi_mm.media_phi_mm import is_trained
+from phi_mm.datasets.augmentation import AugmentationSection
 from phi_mm.hub.destination import told
 from phi_mm.hub.export import register_code
 from phi_mm.hub.push import MAIN, commit_folder
 from phi_mm.recipes import DistillationSection
+from phi_mm.training.augmentation import AugmentingCollator
 from phi_mm.training.checkpoints import seal
 from phi_mm.training.console import ConsoleTable
 from phi_mm.training.distillation import (
@@ -60,6 +62,7 @@ class PhiMMTrainer(Trainer):
         gradient_norm_limit: a longer gradient stops the run; None lets any finite one pass.
         distillation: how much is learnt from what the text model says to the words of a recording.
         group_by_modality: where `args` group by length, by what a row shows as well.
+        augmentation: what is done to recordings in training; evaluation hears them as they are.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class PhiMMTrainer(Trainer):
         gradient_norm_limit: float | None = None,
         distillation: DistillationSection | None = None,
         group_by_modality: bool = False,
+        augmentation: AugmentationSection | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -82,6 +86,11 @@ class PhiMMTrainer(Trainer):
             check_transcripts(self.train_dataset)
         self.group_by_modality = group_by_modality
         self._seeded: SeededSampler | None = None
+        self._augmenting: AugmentingCollator | None = None
+        if augmentation is not None:
+            self._augmenting = AugmentingCollator(
+                self.data_collator, self.processing_class, augmentation, self.data_seed
+            )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ConsoleTable)
         if self.args.push_to_hub:
@@ -93,10 +102,17 @@ class PhiMMTrainer(Trainer):
         """The base class's, with batches that say which rows they hold, and what is said there."""
         loader = self._rows_loader()
         inner = loader.base_dataloader  # accelerate's own only puts batches where they belong
+        if self._augmenting is not None:
+            inner.collate_fn = self._augmenting
         if self.distillation is not None:
             inner.collate_fn = TeachingCollator(inner.collate_fn)
         inner.collate_fn = NamingCollator(inner.collate_fn)
         return loader
+
+    @property
+    def data_seed(self) -> int:
+        """Of the order of the rows, and of what is drawn for them."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -158,7 +174,7 @@ class PhiMMTrainer(Trainer):
         grouped = arguments.train_sampling_strategy == "group_by_length"
         if collator.packed_length is None and not grouped:
             return super()._get_train_sampler(train_dataset)
-        seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+        seed = self.data_seed
         with arguments.main_process_first(desc="row lengths"):
             lengths = row_lengths(self.train_dataset, collator.processor, collator.max_length)
         if collator.packed_length is not None:
@@ -174,6 +190,8 @@ class PhiMMTrainer(Trainer):
         # The loader of a resumed run with several processes hides the sampler from `set_epoch`.
         if self._seeded is not None:
             self._seeded.set_epoch(epoch)
+        if self._augmenting is not None:
+            self._augmenting.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:

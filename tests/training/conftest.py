@@ -216,6 +216,7 @@ def trainer():
             gradient_norm_limit=recipe.tune.gradient_norm_limit,
             distillation=recipe.distillation,
             group_by_modality=recipe.data.group_by_modality,
+            augmentation=recipe.data.augmentation,
             **settings,
         )
 
