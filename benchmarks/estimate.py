@@ -1,13 +1,15 @@
 """What `phi-mm estimate` predicts, against the memory that training steps take.
 
     python benchmarks/estimate.py
+    python benchmarks/estimate.py --gpu
     python benchmarks/estimate.py --quick
 
 For every recipe a process of its own assembles random parts of Phi-2's proportions (width, depth
 and vocabulary scaled together) and makes three steps of one batch. Measured is by how much its
 resident memory has grown at the highest point of the last two steps; what loading took for a moment
-is not in it. On a CPU, where no allocator keeps memory for itself: glibc's is told to give back
-what is freed. The last line is JSON.
+is not in it. On a CPU no allocator keeps memory for itself: glibc's is told to give back what is
+freed. On a GPU the parts are as large as Phi-2, computed in bfloat16 as the Trainer does, and
+measured is the highest that tensors took of its memory. The last line is JSON.
 """
 
 import argparse
@@ -75,12 +77,14 @@ CASES = (
     Case("in full", "full", True),
 )
 SIZE = Size(width=640, layers=8, vocabulary=12_800, rows=4, row=Row(768, 256, 1, 1, 125))
+PHI_2 = Size(width=2560, layers=32, vocabulary=51_200, rows=4, row=Row(768, 256, 1, 1, 125))
 QUICK = Size(width=256, layers=4, vocabulary=5_120, rows=2, row=Row(512, 128, 1, 1, 125))
 
 
 def write_parts(size: Size, folder: Path) -> None:
     """A random Phi, CLIP and Whisper; the tokenizer is that of the tiny Phi."""
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if size == PHI_2 else torch.float32)
     shape = {
         "hidden_size": size.width,
         "intermediate_size": 4 * size.width,
@@ -101,17 +105,18 @@ def write_parts(size: Size, folder: Path) -> None:
     WhisperFeatureExtractor(chunk_length=10).save_pretrained(folder / "whisper")
 
 
-def write_recipe(case: Case, folder: Path) -> Recipe:
+def write_recipe(case: Case, gpu: bool, folder: Path) -> Recipe:
     """The recipe of a case, over the parts in `folder`."""
     parts = {"text": "phi", "vision": "clip", "audio": "whisper"}
+    dtype = "bfloat16" if gpu else "float32"
     lines = {
-        "model": {part: str(folder / name) for part, name in parts.items()} | {"dtype": "float32"},
+        "model": {part: str(folder / name) for part, name in parts.items()} | {"dtype": dtype},
         "data": {"train": "none.json"},
         "tune": {"language_model": case.tune},
         "training": {
             "output_dir": "run",
             "activation_checkpointing": case.checkpointing,
-            "use_cpu": True,
+            "use_cpu": not gpu,
         },
     }
     if case.tune in ("lora", "qlora"):
@@ -135,10 +140,16 @@ def real_batch(config: PhiMMConfig, size: Size) -> dict[str, torch.Tensor]:
     return batch
 
 
-def measure(case: Case, size: Size, folder: Path) -> dict[str, float]:
+def measure(case: Case, size: Size, gpu: bool, folder: Path) -> dict[str, float]:
     """MiB predicted and measured; in a fresh process."""
-    recipe = write_recipe(case, folder)
+    recipe = write_recipe(case, gpu, folder)
     predicted = Rehearsal(recipe).take(size.rows, size.row).total / MEBIBYTE
+    if gpu:
+        train(recipe, size, steps=3)
+        return {
+            "predicted_mib": predicted,
+            "measured_mib": torch.cuda.max_memory_allocated() / MEBIBYTE,
+        }
     train(recipe, size, steps=1)  # what the libraries load and keep for themselves is there now
     gc.collect()
     before = psutil.Process().memory_info().rss / MEBIBYTE
@@ -148,8 +159,10 @@ def measure(case: Case, size: Size, folder: Path) -> dict[str, float]:
 
 def train(recipe: Recipe, size: Size, steps: int) -> None:
     """Assembles the model and makes steps; from the second on the highest point is counted."""
+    device = torch.device("cpu" if recipe.on_cpu else "cuda")
     model, _ = assemble(recipe)
-    batch = real_batch(model.config, size)
+    model.to(device)
+    batch = {k: v.to(device) for k, v in real_batch(model.config, size).items()}
     if recipe.training["activation_checkpointing"]:
         model.activation_checkpointing_enable()
     model.train()
@@ -157,10 +170,20 @@ def train(recipe: Recipe, size: Size, steps: int) -> None:
     optimizer = torch.optim.AdamW(learning, fused=True)
     for step in range(steps):
         if step == 1:
-            Path("/proc/self/clear_refs").write_text("5")
-        model(**batch).loss.backward()
+            forget_highest(device)
+        with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+            loss = model(**batch).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def forget_highest(device: torch.device) -> None:
+    """The highest point is what is in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def highest_mib() -> float:
@@ -170,17 +193,17 @@ def highest_mib() -> float:
     return int(highest) / 1024
 
 
-def run_case(case: Case, quick: bool, folder: Path) -> dict[str, float]:
+def run_case(case: Case, options: list[str], folder: Path) -> dict[str, float]:
     """`measure` in a process of its own."""
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "HF_HUB_OFFLINE": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
     }
     command = [sys.executable, __file__, "--case", case.name, str(folder)]
     ran = subprocess.run(
-        command + ["--quick"] * quick,
+        command + options,
         env=environment,
         stdout=subprocess.PIPE,
         check=True,
@@ -195,20 +218,26 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one recipe and a smaller model, to see that it runs"
     )
+    parser.add_argument(
+        "--gpu", action="store_true", help="on a GPU, with parts of Phi-2's own size"
+    )
     parser.add_argument("--case", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    size = QUICK if given.quick else SIZE
+    if given.gpu and not torch.cuda.is_available():
+        parser.error("got --gpu, expected a GPU: leave the option out on this machine")
+    size = QUICK if given.quick else PHI_2 if given.gpu else SIZE
     if given.case:
         name, folder = given.case
         (case,) = (case for case in CASES if case.name == name)
-        print(json.dumps(measure(case, size, Path(folder))))
+        print(json.dumps(measure(case, size, given.gpu, Path(folder))))
         return
+    options = ["--quick"] * given.quick + ["--gpu"] * given.gpu
     results = []
     with tempfile.TemporaryDirectory() as folder:
         write_parts(size, Path(folder))
         print(f"{'recipe':<28}{'predicted':>12}{'measured':>12}{'error':>9}")
         for case in CASES[1:2] if given.quick else CASES:
-            told = run_case(case, given.quick, Path(folder))
+            told = run_case(case, options, Path(folder))
             told["error"] = told["predicted_mib"] / told["measured_mib"] - 1
             results.append(asdict(case) | told)
             print(

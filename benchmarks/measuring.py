@@ -18,15 +18,16 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 class Worker:
     """An object in a process of its own, whose methods are called from here.
 
-    It is forked, so that it need not import what is imported already. Whoever makes one may not
-    have computed with torch: threads of OpenMP and contexts of CUDA do not survive a fork.
+    It is forked where there is no GPU, so that it need not import what is imported already. Whoever
+    makes one may not have computed with torch: threads of OpenMP do not survive a fork. Contexts of
+    CUDA do not either, and importing makes them: beside a GPU it is spawned.
 
     Args:
         make: makes the object, in the new process.
     """
 
     def __init__(self, make: Callable[..., Any], *args: Any):
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("spawn" if torch.cuda.device_count() else "fork")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, make, args), daemon=True)
         self._process.start()

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import torch
+from measuring import seconds_of
 from PIL import Image
 from random_artefact import write_random
 from torch import nn
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "spaces_app"))
 from engine.generation import Answer, Begun, Generator, Request
 from engine.int8 import Int8Linear
 from engine.loading import load
-from engine.precision import AUTO, choose
+from engine.precision import AUTO, LINEAR_BYTES, choose
 from engine.service import Engine, Limits
 
 STORE = 256 << 20  # bytes for media, and for conversations
@@ -91,8 +92,9 @@ class Turn:
 class Plain:
     """transformers alone."""
 
-    def __init__(self, artefact: str):
-        self.model = AutoModel.from_pretrained(artefact, trust_remote_code=True).eval()
+    def __init__(self, artefact: str, device: torch.device):
+        model = AutoModel.from_pretrained(artefact, dtype="auto", trust_remote_code=True)
+        self.model = model.to(device).eval()
         self.processor = AutoProcessor.from_pretrained(artefact, trust_remote_code=True)
 
     def ask_all(self, conversations: dict[str, list[dict]], tokens: int) -> list[Asked]:
@@ -107,7 +109,7 @@ class Plain:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-        )
+        ).to(self.model.device, self.model.dtype)
         times = _Times()
         ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=tokens, streamer=times)
         length = inputs["input_ids"].shape[1]
@@ -202,16 +204,11 @@ def _says(role: str, text: str | None) -> dict:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def bandwidth() -> float:
-    """Bytes a second that this machine reads from memory, with all its cores."""
-    numbers = torch.ones(BUFFER // 4)
-    return BUFFER / min(_seconds(numbers.sum) for _ in range(9))
-
-
-def _seconds(function) -> float:
-    begun = time.perf_counter()
-    function()
-    return time.perf_counter() - begun
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that this device reads from memory, with all its cores."""
+    size = 16 * BUFFER if device.type == "cuda" else BUFFER
+    numbers = torch.ones(size // 4, device=device)
+    return size / min(seconds_of(numbers.sum, device) for _ in range(9))
 
 
 def weights_read(model: PreTrainedModel) -> int:
@@ -227,15 +224,18 @@ def weights_read(model: PreTrainedModel) -> int:
     )
 
 
-def _bytes_a_weight(module: nn.Module) -> int:
-    return 1 if isinstance(module, Int8Linear) else module.weight.element_size()
+def _bytes_a_weight(module: nn.Module) -> float:
+    if isinstance(module, Int8Linear):
+        return 1
+    four_bit = type(module).__name__ == "Linear4bit"
+    return LINEAR_BYTES["nf4"] if four_bit else module.weight.element_size()
 
 
-def compare(artefact: Path, load_: Load) -> dict:
+def compare(artefact: Path, load_: Load, wanted: str) -> dict:
     """Both ways turn about, for every number of users."""
-    precision = choose(str(artefact), None, AUTO, 2 * STORE).precision
+    precision = choose(str(artefact), None, wanted, 2 * STORE).precision
     model, processor = load(str(artefact), None, precision)
-    plain, ours = Plain(str(artefact)), Ours(model, processor)
+    plain, ours = Plain(str(artefact), model.device), Ours(model, processor)
     rows, reads = [], []
     with tempfile.TemporaryDirectory() as folder:
         for way in (plain, ours):
@@ -243,7 +243,7 @@ def compare(artefact: Path, load_: Load) -> dict:
         for users in load_.users:
             rounds = {"plain": [], "ours": []}
             for number in range(load_.rounds):
-                reads.append(bandwidth())
+                reads.append(bandwidth(model.device))
                 for name, way in (("plain", plain), ("ours", ours)):
                     _tell(f"{artefact.name}: {users} users, round {number + 1}, {name}")
                     rounds[name].append(talk(way, users, load_.tokens, Path(folder)))
@@ -294,18 +294,22 @@ def _turn(users: int, turn: int, rounds: list) -> Turn:
     )
 
 
-def memory(artefact: str) -> dict:
-    """What a process of its own takes to load a model and answer, and what was predicted."""
+def memory(artefact: str, wanted: str) -> dict:
+    """What a process of its own takes to load a model and answer, and what was predicted; of a
+    GPU's memory where there is one.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_take_memory, artefact).result()
+        return pool.submit(_take_memory, artefact, wanted).result()
 
 
-def _take_memory(artefact: str) -> dict:
-    precision = choose(artefact, None, AUTO, 2 * STORE).precision
+def _take_memory(artefact: str, wanted: str) -> dict:
+    precision = choose(artefact, None, wanted, 2 * STORE).precision
     ours = Ours(*load(artefact, None, precision))
     with tempfile.TemporaryDirectory() as folder:
         (_, [first]), (_, [second]) = talk(ours, 1, 8, Path(folder))
     resident = psutil.Process().memory_info().rss
+    if torch.cuda.is_available():
+        resident = torch.cuda.max_memory_reserved()
     generator = ours.engine.generator
     kept = generator.prefixes.kept.used + generator.reader.features.used
     predicted = choose(artefact, None, precision, kept).memory.serving
@@ -363,6 +367,9 @@ def main() -> None:
     parser.add_argument("--random", type=Path, help="where random artefacts are kept (nowhere)")
     parser.add_argument("--tokens", type=int, default=32, help="longest answer (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median (%(default)s)")
+    parser.add_argument(
+        "--precision", default=AUTO, help="of ours: bf16, nf4, int8 or fp32 (%(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs")
     given = parser.parse_args()
     if not (given.artefact / "config.json").is_file():
@@ -376,8 +383,8 @@ def main() -> None:
                 _tell(f"writing {size} with random weights")
                 write_random(size, given.artefact, folder / size)
         artefacts = [given.artefact, *(folder / size for size in sizes)]
-        memories = [memory(str(artefact)) for artefact in artefacts]
-        compared = [compare(artefact, load_) for artefact in artefacts[:2]]
+        memories = [memory(str(artefact), given.precision) for artefact in artefacts]
+        compared = [compare(artefact, load_, given.precision) for artefact in artefacts[:2]]
     print(table(compared, memories))
     print(json.dumps({"models": compared, "memory": memories}))
 

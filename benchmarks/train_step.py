@@ -238,7 +238,12 @@ def compare(setting: Setting, ways: tuple[Way, ...]) -> dict:
         row["speed_ratio"] = rows[0]["seconds"] / row["seconds"]
         row["memory_ratio"] = row["peak_mb"] / rows[0]["peak_mb"]
         row["phi_2_work_ratio"] = rows[0]["phi_2_work"] / row["phi_2_work"]
-    return {"stage": setting.stage, "title": _title(setting), "rows": rows}
+    return {
+        "stage": setting.stage,
+        "title": _title(setting),
+        "together": setting.together,
+        "rows": rows,
+    }
 
 
 def _title(setting: Setting) -> str:
@@ -278,13 +283,13 @@ def utilisation(size: Size, row: dict, rows: int, peak: float) -> float:
     return 2 * rows * (2 * work["layers"] + 3 * work["attention"]) / row["seconds"] / peak
 
 
-def on_gpu(given: argparse.Namespace) -> dict | None:
+def on_gpu(rounds: int, quick: bool) -> dict | None:
     """QLoRA at phi-2's size; None without a GPU."""
-    if not torch.cuda.device_count():  # asks the driver, and makes no context before the fork
+    if not torch.cuda.device_count():
         print("no GPU: QLoRA at phi-2's size was not measured")
         return None
-    size, together = SIZES["phi-2"], 16
-    setting = Setting(size, INSTRUCT, 2, 4, together, given.rounds, True, True, "cuda")
+    size, together = SIZES["toy" if quick else "phi-2"], 16
+    setting = Setting(size, INSTRUCT, 2, 4, together, rounds, True, True, "cuda:0")
     told = compare(setting, (LLAVA, *OURS, POOLED))
     told["device"] = Worker(Device).call("name")
     peak = next((peak for name, peak in PEAKS.items() if name in told["device"]), None)
@@ -333,33 +338,39 @@ def main() -> None:
         default=True,
         help="of activations, as LLaVA's scripts have it (%(default)s)",
     )
+    parser.add_argument("--gpu-only", action="store_true", help="leaves out what the CPU measures")
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs")
     given = parser.parse_args()
+    if given.gpu_only and not torch.cuda.device_count():
+        parser.error("got --gpu-only, expected a GPU: leave the option out on this machine")
     size = SIZES["toy" if given.quick else "small"]
     rounds = 1 if given.quick else given.rounds
     common = {"four_bit": False, "checkpointing": given.checkpointing, "device": "cpu"}
     instruct = Setting(size, INSTRUCT, 2, BATCH, TOGETHER, rounds, **common)
     captions = Setting(size, CAPTIONS, 1, BATCH, TOGETHER, rounds, **common)
-    stages = [
-        compare(instruct, (LLAVA, *ALONE, *OURS, POOLED)),
-        compare(captions, (LLAVA, OURS[-1], POOLED)),
-    ]
-    gpu = None if given.quick else on_gpu(given)
-    tokens = round(stages[0]["rows"][0]["tokens"] / TOGETHER)
+    measured = {
+        "stages": []
+        if given.gpu_only
+        else [
+            compare(instruct, (LLAVA, *ALONE, *OURS, POOLED)),
+            compare(captions, (LLAVA, OURS[-1], POOLED)),
+        ],
+        "gpu": on_gpu(rounds, given.quick),
+    }
+    first, *others = [*measured["stages"], *filter(None, [measured["gpu"]])]
+    tokens = round(first["rows"][0]["tokens"] / first["together"])
     for name in (given.quick and "toy" or "small", "phi-2"):
         told = {part: f"{share:.1%}" for part, share in shares(SIZES[name], tokens).items()}
         print(f"work of a row of {tokens} tokens, {name}: {told}")
-    for told in (*stages, gpu):
-        if told:
-            print(table(told))
-    ours, pooled = stages[0]["rows"][-2:]
+    for told in (first, *others):
+        print(table(told))
+    ours, pooled = first["rows"][-2:]
     result = {
         "speed_ratio": ours["speed_ratio"],
         "memory_ratio": ours["memory_ratio"],
         "speed_ratio_image_pool_2": pooled["speed_ratio"],
         "size": asdict(size),
-        "stages": stages,
-        "gpu": gpu,
+        **measured,
     }
     print(json.dumps(result))
 
