@@ -19,6 +19,7 @@ NAMES = {
     "audio_qa": "Spoken questions",
     "asr": "Writing down speech",
     "asr_base": "Writing down speech: Whisper alone",
+    "listening": "Typed questions about recordings",
     "text_qa": "Written questions",
     "text_qa_before": "Written questions: Phi alone, before training",
 }

@@ -6,7 +6,9 @@ from phi_mm.tiny.facts import arithmetic, fact
 from phi_mm.tiny.lessons import (
     Item,
     Recording,
+    about,
     as_row,
+    asked_about,
     description,
     recorded_sentence,
     repetition,
@@ -16,7 +18,7 @@ from phi_mm.tiny.lessons import (
 from phi_mm.tiny.questions import KINDS, Question, ask
 from phi_mm.tiny.scenes import Scene, caption, sample_scene
 
-TASKS = ("image_qa", "image_qa_spoken", "describe", "audio_qa", "asr", "text_qa")
+TASKS = ("image_qa", "image_qa_spoken", "describe", "audio_qa", "asr", "listening", "text_qa")
 PICTURE_KINDS = tuple(kind for kind in KINDS if kind != "describe")
 TALK_KINDS = ("fact", "arithmetic", *PICTURE_KINDS)
 
@@ -82,8 +84,14 @@ def talk(item: Item) -> list[dict]:
     ]
 
 
-def asr(item: Item) -> list[dict]:
-    """A sentence to be written down."""
+def sentence(item: Item) -> list[dict]:
+    """A sentence to be written down, and a typed question about how it sounds."""
     recording = recorded_sentence(item)
-    user, answer = repetition(recording, random.Random(item.name))
-    return [_exam(item, "asr", Question("asr", "", answer), user, recording=recording)]
+    rng = random.Random(item.name)
+    user, answer = repetition(recording, rng)
+    question = about(recording, rng, item.split, item.number)
+    asked, _ = asked_about(recording, question)
+    return [
+        _exam(item, "asr", Question("asr", "", answer), user, recording=recording),
+        _exam(item, "listening", question, asked, recording=recording),
+    ]

@@ -17,6 +17,7 @@ from phi_mm.tiny.language import (
     sentence,
     text_dialogue,
 )
+from phi_mm.tiny.listening import LISTENING_KINDS, listen
 from phi_mm.tiny.questions import KINDS, Question, ask
 from phi_mm.tiny.scenes import Scene, caption, renamed, sample_scene
 from phi_mm.tiny.speech import SAMPLE_RATE, speak
@@ -37,11 +38,12 @@ SCENE_SHARE = 0.35  # spoken conversations without a picture that are about a sc
 
 @dataclass(frozen=True)
 class Recording:
-    """A sound file of the world and what is said in it."""
+    """A sound file of the world and what is said in it, at how many words a minute."""
 
     path: str
     text: str
     voice: str
+    rate: int
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Item:
         path = f"audio/{self.name}_{take}.flac"
         said = speak(text, rng, self.split)
         soundfile.write(self.out / path, said.audio, SAMPLE_RATE, subtype="PCM_16")
-        return Recording(path, text, said.voice)
+        return Recording(path, text, said.voice, said.rate)
 
 
 def speakable(text: str) -> bool:
@@ -205,3 +207,19 @@ def recorded_sentence(item: Item) -> Recording:
 def repetition(recording: Recording, rng: random.Random) -> tuple[str, str]:
     """A turn that asks to write down what is said, in the words the language model knows."""
     return rng.choice(REPEAT).format(x="<audio>"), recording.text.removesuffix(".")
+
+
+def about(recording: Recording, rng: random.Random, split: str, first: int = 0) -> Question:
+    """A typed question about the recording itself, of the first kind from `first` on that fits."""
+    for number in range(first, first + len(LISTENING_KINDS)):
+        kind = LISTENING_KINDS[number % len(LISTENING_KINDS)]
+        said = recording.text, recording.voice, recording.rate
+        question = listen(kind, *said, rng, split)
+        if question:
+            return question
+    raise ValueError(f"got {recording}, expected a recording that something can be asked about")
+
+
+def asked_about(recording: Recording, question: Question) -> tuple[str, str]:
+    """A turn that plays the recording and asks about it."""
+    return f"<audio>{question.text}", question.answer

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from phi_mm.files import write_whole
 from phi_mm.tiny import exams, lessons
-from phi_mm.tiny.lessons import Item, Recording, as_row, repetition
+from phi_mm.tiny.lessons import Item, Recording, about, as_row, asked_about, repetition
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 STAGE1_REPETITIONS = 3  # recordings in a row to be written down
 STAGE2_REPETITIONS = 2
 STAGE2_SHARE = 0.2  # of all recordings that stage 2 has written down again
+LISTENED_SHARE = 0.15  # of all recordings that either stage asks typed questions about
 MIXED = 40  # rows of each task in the small mix for the validation loss
 CHUNK = 16  # items handed to a worker at a time
 
@@ -42,8 +43,8 @@ def write_world(
     """Write the world into `out`, or keep the one that the same arguments and code wrote there.
 
     `stage1.json` (pictures with several typed turns; spoken conversations; recordings to be written
-    down), `stage2.json` (typed, spoken and mixed conversations about the same pictures; spoken and
-    plain text ones; recordings), `validation.json` (a small mix for the validation loss), and one
+    down or asked about), `stage2.json` (typed, spoken and mixed conversations about the same
+    pictures; spoken and plain text ones; recordings), `validation.json` (a small mix for the validation loss), and one
     file for each task of `exams.TASKS` in `val/` and `test/`, in the form of LLaVA-Instruct-150K;
     media in `images/` (48x48 PNG) and `audio/` (16 kHz FLAC).
 
@@ -89,7 +90,7 @@ def _code() -> str:
     """The fingerprint of the code that shapes the world."""
     folder = Path(__file__).parent
     names = ("rows", "lessons", "exams", "language", "questions", "facts", "wordings", "scenes",
-             "drawing", "speech")  # fmt: skip
+             "drawing", "speech", "listening")  # fmt: skip
     return hashlib.sha256(b"".join((folder / f"{n}.py").read_bytes() for n in names)).hexdigest()
 
 
@@ -125,7 +126,7 @@ def _work(item: Item) -> Any:
         makers = {"picture": lessons.picture, "speech": lessons.speech, "text": lessons.text,
                   "sentence": lessons.recorded_sentence}  # fmt: skip
     else:
-        makers = {"picture": exams.picture, "talk": exams.talk, "sentence": exams.asr}
+        makers = {"picture": exams.picture, "talk": exams.talk, "sentence": exams.sentence}
     return makers[item.kind](item)
 
 
@@ -156,6 +157,8 @@ def _files(made: list[tuple[Item, Any]], seed: int) -> dict[str, list[dict]]:
     some = rng.sample(recordings, round(STAGE2_SHARE * len(recordings)))
     files["stage1.json"] += _repetitions(recordings, STAGE1_REPETITIONS, rng)
     files["stage2.json"] += _repetitions(some, STAGE2_REPETITIONS, rng)
+    for stage in ("stage1.json", "stage2.json"):
+        files[stage] += _listened(recordings, rng)
     for task in exams.TASKS:
         files["validation.json"] += [_folder_up(r) for r in files[f"val/{task}.json"][:MIXED]]
     return dict(files)
@@ -169,6 +172,16 @@ def _repetitions(recordings: list[Recording], at_once: int, rng: random.Random) 
         as_row(f"train_repetition_{number:05d}", [repetition(r, rng) for r in group],
                recordings=group)
         for number, group in enumerate(groups)
+    ]  # fmt: skip
+
+
+def _listened(recordings: list[Recording], rng: random.Random) -> list[dict]:
+    """Rows with a typed question about some of the recordings."""
+    some = rng.sample(recordings, round(LISTENED_SHARE * len(recordings)))
+    return [
+        as_row(f"train_listened_{number:05d}",
+               [asked_about(r, about(r, rng, "train", number))], recordings=[r])
+        for number, r in enumerate(some)
     ]  # fmt: skip
 
 

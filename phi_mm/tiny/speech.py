@@ -7,7 +7,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +50,13 @@ class Utterance:
         audio: float32 `[samples]` in -1..1 at 16 kHz.
         word_times: (word, start, end) in seconds, in order, one entry for each word of the text.
         voice: The espeak-ng voice that spoke.
+        rate: Words a minute that it was asked for.
     """
 
     audio: np.ndarray
     word_times: tuple[tuple[str, float, float], ...]
     voice: str
+    rate: int
 
 
 class _Event(ctypes.Structure):
@@ -119,7 +121,7 @@ class Speaker:
             samples, events = _synthesise(library, text)
         audio = soxr.resample(samples.astype(np.float32) / 32768, _ESPEAK_RATE, SAMPLE_RATE)
         audio = _trim(np.clip(audio, -1, 1))
-        return Utterance(audio, _word_times(text, events, len(audio) / SAMPLE_RATE), voice)
+        return Utterance(audio, _word_times(text, events, len(audio) / SAMPLE_RATE), voice, rate)
 
     @contextlib.contextmanager
     def _library(self) -> Iterator[ctypes.CDLL]:
@@ -290,4 +292,5 @@ def speak(text: str, rng: random.Random, split: str, longest: float = 4.0) -> Ut
     noise = coloured_noise(lead + len(said.audio) + trail, rng.random(), generator)
     shift = lead / SAMPLE_RATE
     times = tuple((word, start + shift, end + shift) for word, start, end in said.word_times)
-    return Utterance(record(said.audio, noise, lead, generator), times, said.voice)
+    audio = record(said.audio, noise, lead, generator)
+    return replace(said, audio=audio, word_times=times)

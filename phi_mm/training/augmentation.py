@@ -1,7 +1,6 @@
 """Batches whose recordings sound otherwise in every epoch, the same again when a run is resumed."""
 
 import zlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,8 +8,9 @@ import numpy as np
 import torch
 
 from phi_mm.datasets.augmentation import AugmentationSection, augment, mask_mel
+from phi_mm.datasets.examination import TokenCounter
 from phi_mm.datasets.streaming import ROUND
-from processing import PhiMMProcessor
+from processing import PhiMMCollator, PhiMMProcessor
 
 Heard = tuple[int, np.random.Generator]  # samples of a recording, and who draws for it
 
@@ -30,12 +30,13 @@ class AugmentingCollator:
 
     def __init__(
         self,
-        collator: Callable[[list], dict[str, Any]],
+        collator: PhiMMCollator,
         processor: PhiMMProcessor,
         chosen: AugmentationSection,
         seed: int,
     ):
         self.collator, self.processor, self.chosen, self.seed = collator, processor, chosen, seed
+        self.slows = chosen.speed is not None and chosen.speed[0] < 1
         self.rate = processor.feature_extractor.sampling_rate
         # Shared, so that a loader's workers that outlive an epoch see the next.
         self.epoch = torch.zeros(1, dtype=torch.long).share_memory_()
@@ -45,17 +46,9 @@ class AugmentingCollator:
         self.epoch.fill_(epoch)
 
     def __call__(self, samples: list[dict] | list[list[dict]]) -> dict[str, Any]:
-        """The batch. Where it would not fit slowed down, its recordings keep their own speed."""
-        try:
-            return self._collated(samples, own_speed=False)
-        except ValueError:
-            if self.chosen.speed is None or self.chosen.speed[0] >= 1:
-                raise
-            return self._collated(samples, own_speed=True)
-
-    def _collated(self, samples: list, own_speed: bool) -> dict[str, Any]:
+        """The batch."""
         heard: list[Heard] = []
-        convert = partial(self._augmented, heard=heard, own_speed=own_speed)
+        convert = partial(self._augmented, heard=heard)
         packed = not isinstance(samples[0], dict)
         rows = [list(map(convert, row)) if packed else convert(row) for row in samples]
         batch = self.collator(rows)
@@ -64,8 +57,25 @@ class AugmentingCollator:
             batch["input_features"] = self._masked(mel, mask.sum(dim=1).tolist(), heard)
         return batch
 
-    def _augmented(self, row: dict, heard: list[Heard], own_speed: bool) -> dict:
-        """A row with its recordings opened and augmented; they are added to `heard`."""
+    def _augmented(self, row: dict, heard: list[Heard]) -> dict:
+        """A row with its recordings opened and augmented, which are added to `heard`. Where they
+        would not fit slowed down, they keep their own speed.
+        """
+        changed, own = self._changed(row, own_speed=False)
+        if own and self.slows and not self._fits(changed):
+            changed, own = self._changed(row, own_speed=True)
+        heard += own
+        return changed
+
+    def _fits(self, row: dict) -> bool:
+        longest = self.collator.max_length
+        if longest is None:
+            return True
+        counter = TokenCounter(self.processor, {}, longest)
+        return counter.lengths([row["messages"]])[0] <= longest
+
+    def _changed(self, row: dict, own_speed: bool) -> tuple[dict, list[Heard]]:
+        heard: list[Heard] = []
 
         def convert(part: dict) -> dict:
             if part["type"] != "audio":
@@ -82,7 +92,7 @@ class AugmentingCollator:
             else {**message, "content": [convert(part) for part in message["content"]]}
             for message in row["messages"]
         ]
-        return {**row, "messages": messages}
+        return {**row, "messages": messages}, heard
 
     def _generator(self, row: dict, recording: np.ndarray) -> np.random.Generator:
         epoch = int(self.epoch) + row.get(ROUND, 0)

@@ -1,6 +1,7 @@
 """The written world: what it holds, that nothing held out leaks into training, that it repeats."""
 
 import json
+import random
 import re
 from collections import Counter
 
@@ -14,10 +15,11 @@ from phi_mm.datasets.faults import Kind
 from phi_mm.tiny.drawing import OTHER_COLOURS, OTHER_OUTLINES
 from phi_mm.tiny.exams import PICTURE_KINDS, TALK_KINDS, TASKS
 from phi_mm.tiny.language import REPEAT
+from phi_mm.tiny.listening import LISTENING_KINDS, MEN, WOMEN, listen
 from phi_mm.tiny.rows import write_world
 from phi_mm.tiny.scenes import HELD_PAIRS, TEST_PAIRS, VALIDATION_PAIRS, split_of
 from phi_mm.tiny.speech import TEST_VOICES, TRAIN_VOICES, VALIDATION_VOICES
-from phi_mm.tiny.wordings import named_pairs
+from phi_mm.tiny.wordings import NUMBERS, named_pairs
 
 AMOUNTS = {
     "images": 120,
@@ -98,7 +100,8 @@ def test_every_task_asks_one_question_a_row_balanced_over_kinds(world):
         assert all(said(row, "gpt") == [row["answer"]] for row in rows)
         assert all(("image" in row) == (task in TASKS[:3]) for row in rows)
         assert all(
-            ("audio" in row) == (task in ("image_qa_spoken", "audio_qa", "asr")) for row in rows
+            ("audio" in row) == (task in ("image_qa_spoken", "audio_qa", "asr", "listening"))
+            for row in rows
         )
     kinds = {
         task: Counter(row["kind"] for row in rows_of(world, f"test/{task}.json")) for task in TASKS
@@ -121,13 +124,49 @@ def test_spoken_tasks_ask_what_the_written_ones_ask(world):
             assert one.get("image") == other.get("image")
 
 
+def test_typed_questions_about_recordings_are_true_of_them(world):
+    found = Counter()
+    for row in rows_of(world, "test/listening.json"):
+        assert said(row, "human")[0].startswith("<audio>")
+        kind, variant = row["kind"], row["voice"].rpartition("+")[2]
+        if kind == "words":
+            assert NUMBERS.index(row["answer"]) == len(row["transcript"].split())
+        if kind == "speaker":
+            assert row["answer"] == ("a woman" if variant in WOMEN else "a man")
+            assert variant in (*WOMEN, *MEN)
+        found[kind, row["answer"]] += 1
+    kinds = Counter(kind for kind, _ in found.elements())
+    assert set(kinds) == set(LISTENING_KINDS) and min(kinds.values()) >= 8
+    assert found["pace", "fast"] and found["pace", "slow"]
+    for row in rows_of(world, "test/listening.json") + rows_of(world, "test/asr.json"):
+        assert row["audio"].startswith("../audio/test_sentence_")
+
+
+@pytest.mark.parametrize(
+    ("kind", "voice", "rate", "answer"),
+    [
+        ("speaker", "en+f1", 190, "a woman"),
+        ("speaker", "en-us+m3", 190, "a man"),
+        ("speaker", "en+klatt3", 190, None),
+        ("pace", "en+f1", 170, "slow"),
+        ("pace", "en+f1", 171, None),
+        ("pace", "en+f1", 200, "fast"),
+        ("words", "en+f1", 190, "three"),
+    ],
+)
+def test_what_is_not_clear_cut_is_not_asked(kind, voice, rate, answer):
+    question = listen(kind, "how are you?", voice, rate, random.Random(0), "train")
+    assert (question and question.answer) == answer
+
+
 def test_stage1_has_long_picture_conversations_spoken_ones_and_repetitions(world):
     rows = rows_of(world, "stage1.json")
     pictures = [row for row in rows if "image" in row]
     repetitions = [row for row in rows if "repetition" in row["id"]]
     spoken = [row for row in rows if "speech" in row["id"]]
     assert len(pictures) == 120 and len(spoken) == 20
-    assert len(pictures) + len(spoken) + len(repetitions) == len(rows)
+    listened = [row for row in rows if "listened" in row["id"]]
+    assert len(pictures) + len(spoken) + len(repetitions) + len(listened) == len(rows)
     assert {len(said(row, "human")) for row in pictures} == {4, 5, 6, 7}
     for row in pictures:
         texts = said(row, "human")
@@ -138,6 +177,7 @@ def test_stage1_has_long_picture_conversations_spoken_ones_and_repetitions(world
         assert set(said(row, "human")) <= asked
         assert said(row, "gpt") == [text.removesuffix(".") for text in row["transcripts"]]
     recordings = [path for row in repetitions for path in row["audio"]]
+    assert len(listened) == round(0.15 * len(recordings))
     on_disk = {f"audio/{path.name}" for path in (world / "audio").glob("train_*")}
     assert len(recordings) == len(set(recordings)) and set(recordings) == on_disk
 
