@@ -36,6 +36,9 @@ class PhiMMConfig(PreTrainedConfig):
             training; `transcript_embeddings` projects the transcript's tokens as Whisper's decoder
             embeds them; `decoder` projects the last hidden states of Whisper's decoder at those
             tokens.
+        audio_padded: whether the audio tower hears a recording padded to Whisper's window, as every
+            stock Whisper was trained; false, on the route `encoder` alone, for a tower that is
+            trained on the sound by itself: a recording then costs as much as it is long.
         transcript_generation_config: Whisper's generation settings, for the routes with a
             transcript.
         modality_adapters: the modalities (`image`, `audio`) that have a LoRA of their own, saved in
@@ -80,6 +83,7 @@ class PhiMMConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     audio_stack: int = 4
     audio_route: Literal["encoder", "transcript", "transcript_embeddings", "decoder"] = "encoder"
+    audio_padded: bool = True
     transcript_generation_config: dict | None = None
     modality_adapters: list[Literal["image", "audio"]] | None = None
     tie_word_embeddings: bool = False
@@ -109,6 +113,11 @@ class PhiMMConfig(PreTrainedConfig):
                 )
             if self.audio_stack < 1:
                 raise ValueError(f"got audio_stack={self.audio_stack}, expected 1 or more")
+        if not self.audio_padded and self.audio_route != "encoder":
+            raise ValueError(
+                f"got audio_padded=False with audio_route={self.audio_route!r}, expected the route "
+                "'encoder': Whisper writes down nothing but windows of its full length"
+            )
 
     def _validate_vision(self):
         if self.image_token_id is None:

@@ -41,9 +41,16 @@ class MediaMixin(TranscriptionMixin):
             hidden = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).last_hidden_state
         return hidden[:, 1:]
 
-    def get_audio_tower_features(self, input_features: torch.Tensor) -> torch.Tensor:
+    def get_audio_tower_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """What the audio tower hears before projection, mel windows (W, mels, M) to frames (W, F,
         C).
+
+        Args:
+            input_features_mask: (W, M), 1 where a mel frame holds sound. Only a model with
+                `audio_padded=False` reads it: F is then that of the longest sound, and zeros
+                follow the others.
         """
         self._require_audio_encoder()
         if self.config.audio_route in WRITTEN_ROUTES:
@@ -52,7 +59,10 @@ class MediaMixin(TranscriptionMixin):
                 "from the transcript: write it down with processor.transcribe(messages, model)"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.audio_tower)):
-            return self.audio_tower(input_features.to(self.audio_tower.dtype)).last_hidden_state
+            mel = input_features.to(self.audio_tower.dtype)
+            if self.config.audio_padded or input_features_mask is None:
+                return self.audio_tower(mel).last_hidden_state
+            return _encode_sound(self.audio_tower, mel, input_features_mask.sum(dim=1))
 
     def _require_vision(self):
         if self.vision_tower is None:
@@ -120,7 +130,7 @@ class MediaMixin(TranscriptionMixin):
         _check_one_form("input_features", input_features, "audio_embeds", audio_embeds)
         features, mask = audio_embeds, audio_embeds_mask
         if audio_embeds is None:
-            features = self.get_audio_tower_features(input_features)
+            features = self.get_audio_tower_features(input_features, input_features_mask)
             if input_features_mask is not None:
                 mask = _frame_mask(input_features_mask, features.shape[1])
         features = features.to(_input_dtype(self.audio_projector))
@@ -277,6 +287,33 @@ class MediaMixin(TranscriptionMixin):
             if features is not None:
                 inputs_embeds = inputs_embeds.masked_scatter(mask, features)
         return inputs_embeds
+
+
+def _encode_sound(encoder: nn.Module, mel: torch.Tensor, lengths: torch.LongTensor) -> torch.Tensor:
+    """Windows (W, mels, M), of which so many frames sound (W), to (W, F, C). Those of one length go
+    through the encoder together, so that none needs a mask.
+    """
+    longest = (int(lengths.max()) + 1) // 2
+    features = mel.new_zeros(len(mel), longest, encoder.config.d_model)
+    for length in lengths.unique().tolist():
+        same = lengths == length
+        heard = _encode_unpadded(encoder, mel[same, :, :length])
+        features[same, : heard.shape[1]] = heard
+    return features
+
+
+def _encode_unpadded(encoder: nn.Module, mel: torch.Tensor) -> torch.Tensor:
+    """Mel frames (W, mels, M) of any number to (W, M / 2, C). transformers' `WhisperEncoder` takes
+    windows of its full length alone; this is its forward pass, and equal to it for such windows
+    (but that no layer is dropped in training).
+    """
+    hidden = nn.functional.gelu(encoder.conv1(mel))
+    hidden = nn.functional.gelu(encoder.conv2(hidden)).permute(0, 2, 1)
+    hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
+    hidden = nn.functional.dropout(hidden, p=encoder.dropout, training=encoder.training)
+    for layer in encoder.layers:
+        hidden = layer(hidden, None)
+    return encoder.layer_norm(hidden)
 
 
 def is_trained(module: nn.Module) -> bool:

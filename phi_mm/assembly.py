@@ -272,6 +272,7 @@ def join_configs(
         projector_hidden_act=spec.projector_hidden_act,
         audio_stack=spec.audio_stack,
         audio_route=spec.audio_route,
+        audio_padded=spec.audio_padded,
     )
 
 

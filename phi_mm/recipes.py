@@ -44,6 +44,7 @@ class ModelSection:
     projector_hidden_act: str = "gelu"
     audio_stack: int = 4
     audio_route: str = "encoder"
+    audio_padded: bool = True
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of frozen weights
     init_from: str | list[str] | None = None  # run folders of earlier stages: their projectors
 

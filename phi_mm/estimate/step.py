@@ -82,7 +82,7 @@ def make_batch(
     config: PhiMMConfig, row: Row, size: int, cached: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """`size` such rows as the collator gives them; tower outputs of dtype `cached`, or pixels and
-    mel windows.
+    mel windows, which sound to their ends.
     """
     ids = torch.zeros(size, row.length, dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
@@ -99,7 +99,6 @@ def make_batch(
         frames = audio.max_source_positions
         if cached is None:
             batch["input_features"] = torch.zeros(windows, audio.num_mel_bins, 2 * frames)
-            batch["input_features_mask"] = torch.ones(windows, 2 * frames, dtype=torch.long)
         else:
             batch["audio_embeds"] = torch.zeros(windows, frames, audio.d_model, dtype=cached)
             batch["audio_embeds_mask"] = torch.ones(windows, frames, dtype=torch.long)

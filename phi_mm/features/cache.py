@@ -117,6 +117,8 @@ def open_cache(
         written = whisper | written
     if "audio" in facts and written:
         facts["audio"] = written | {"route": towers.config.audio_route}
+    if "audio" in facts and not towers.config.audio_padded:
+        facts["audio"]["padded"] = False
     parts = {
         name: (facts[name], Storage(storage, tower.dtype))
         for name, tower in encoders(towers).items()

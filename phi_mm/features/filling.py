@@ -154,7 +154,7 @@ def _write_down(
             for batch, inputs in zip(batches, prepared, strict=True):
                 if isinstance(inputs, ValueError):
                     raise inputs
-                mel, lengths = inputs
+                mel, _, lengths = inputs
                 ids = towers.transcribe(torch.from_numpy(mel))
                 windows = ids.split([count for count, _ in lengths])
                 written = [Transcript(*processor.read_transcript(rows)) for rows in windows]
@@ -207,20 +207,28 @@ def _encode_images(towers: MediaMixin, pixels: np.ndarray) -> Iterator[torch.Ten
 
 def _prepare_audio(
     processor: PhiMMProcessor, sources: list[Any]
-) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The windows' mel spectra, and the numbers of windows and frames of each recording."""
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    """The windows' mel spectra with their mask, and the numbers of windows and frames of each
+    recording.
+    """
     recordings = [processor.load_audio(source) for source in sources]
-    mel = processor(audio=recordings, return_tensors="np")["input_features"]
+    heard = processor(audio=recordings, return_tensors="np")
     samples = [len(recording) for recording in recordings]
-    return mel, [(processor.count_audio_windows(n), processor.count_frames(n)) for n in samples]
+    mel, mask = heard["input_features"], heard["input_features_mask"]
+    return (
+        mel,
+        mask,
+        [(processor.count_audio_windows(n), processor.count_frames(n)) for n in samples],
+    )
 
 
 def _encode_audio(
-    towers: MediaMixin, mel: np.ndarray, lengths: list[tuple[int, int]]
+    towers: MediaMixin, mel: np.ndarray, mask: np.ndarray, lengths: list[tuple[int, int]]
 ) -> Iterator[torch.Tensor]:
     """(F, C) of each recording: the sounding frames of its windows, one after another."""
     device = towers.audio_tower.device
-    frames = towers.get_audio_tower_features(torch.from_numpy(mel).to(device))
+    windows_given = (torch.from_numpy(given).to(device) for given in (mel, mask))
+    frames = towers.get_audio_tower_features(*windows_given)
     start = 0
     for windows, sounding in lengths:
         # Only the last window of a recording holds frames without sound, at its end.
@@ -232,6 +240,7 @@ def _encode_words(
     transcripts: Iterator[Transcript],
     towers: MediaMixin,
     mel: np.ndarray,
+    mask: np.ndarray,
     lengths: list[tuple[int, int]],
 ) -> Iterator[torch.Tensor]:
     """(T, C) of each recording: what is projected at its words, window after window."""

@@ -43,6 +43,7 @@ def load_towers(recipe: Recipe) -> tuple[Towers, PhiMMProcessor]:
         audio_token_id=0,
         vision_feature_layer=spec.vision_feature_layer,
         audio_route=spec.audio_route,
+        audio_padded=spec.audio_padded,
         transcript_generation_config=audio and audio.generation_config.to_dict(),
     )
     if vision is not None:

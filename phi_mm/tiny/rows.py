@@ -44,9 +44,9 @@ def write_world(
 
     `stage1.json` (pictures with several typed turns; spoken conversations; recordings to be written
     down or asked about), `stage2.json` (typed, spoken and mixed conversations about the same
-    pictures; spoken and plain text ones; recordings), `validation.json` (a small mix for the validation loss), and one
-    file for each task of `exams.TASKS` in `val/` and `test/`, in the form of LLaVA-Instruct-150K;
-    media in `images/` (48x48 PNG) and `audio/` (16 kHz FLAC).
+    pictures; spoken and plain text ones; recordings), `validation.json` (a small mix for the
+    validation loss), and one file for each task of `exams.TASKS` in `val/` and `test/`, in the form
+    of LLaVA-Instruct-150K; media in `images/` (48x48 PNG) and `audio/` (16 kHz FLAC).
 
     Args:
         images: training pictures; every four carry four recorded questions.

@@ -183,12 +183,13 @@ class PromptReader:
                 f"fewer than {self.context}: record or cut a shorter one",
                 path,
             )
-        windows = self.processor(audio=[samples], return_tensors="pt")["input_features"]
+        given = self.processor(audio=[samples], return_tensors="pt").to(self.model.device)
+        parts = (given[n].split(WINDOWS_AT_ONCE) for n in ("input_features", "input_features_mask"))
         heard = [
-            self.model.model.get_audio_tower_features(some.to(self.model.device)).cpu()
-            for some in windows.split(WINDOWS_AT_ONCE)
+            self.model.model.get_audio_tower_features(*some).flatten(0, 1).cpu()
+            for some in zip(*parts, strict=True)
         ]
-        return torch.cat(heard).flatten(0, 1)[:frames].clone()
+        return torch.cat(heard)[:frames].clone()
 
     def _transcribe(self, path: str) -> tuple[str, torch.Tensor | None]:
         """What Whisper wrote, and features (T, C) at its words where the route projects them."""

@@ -231,6 +231,7 @@ def test_pooling_merges_neighbouring_patches(make_phi_mm):
         ({"image_pool": 3}, "got image_pool=3, expected a divisor"),
         ({"audio_stack": 0}, "got audio_stack=0"),
         ({"vision_feature_layer": -4}, "got vision_feature_layer=-4, expected -3 to -1"),
+        ({"audio_padded": False, "audio_route": "decoder"}, "expected the route 'encoder'"),
         ({"image_token_id": None}, "without image_token_id"),
         ({"text_config": {"model_type": "llama"}}, "got a language model of type 'llama'"),
     ],
@@ -287,6 +288,29 @@ def test_half_a_window_of_noise_after_the_sound_changes_nothing(phi_mm):
         loud = model.get_audio_features(audio_embeds=noisy, audio_embeds_mask=mask).pooler_output
     assert quiet.shape == (3, 32)
     torch.testing.assert_close(quiet, loud, rtol=0, atol=0)
+
+
+def test_a_recording_that_is_not_padded_is_heard_by_itself(make_phi_mm):
+    """The encoder's own forward pass where the window is full, and shorter where it is not."""
+    model, _ = make_phi_mm(audio_padded=False)
+    mel = torch.randn(3, 8, 100, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(3, 100, dtype=torch.long)
+    for window, length in enumerate((100, 21, 40)):
+        mask[window, :length] = 1
+    with torch.no_grad():
+        padded = model.model.get_audio_tower_features(mel)
+        own = model.model.get_audio_tower_features(mel, mask)
+        alone = model.model.get_audio_tower_features(mel[1:2], mask[1:2])
+    torch.testing.assert_close(own[0], padded[0])
+    assert own.shape == (3, 50, 16) and not own[1, 11:].any() and not own[2, 20:].any()
+    assert alone.shape == (1, 11, 16)
+    torch.testing.assert_close(own[1:2, :11], alone)
+    assert (own[1, :11] - padded[1, :11]).abs().max() > 0.01
+    # What follows the sound is not heard.
+    other = mel.clone()
+    other[1, :, 21:] = 9.0
+    with torch.no_grad():
+        torch.testing.assert_close(model.model.get_audio_tower_features(other, mask)[1], own[1])
 
 
 def test_training_has_phi_s_activation_by_one_kernel(make_phi_mm):
