@@ -386,41 +386,63 @@ class PhiMMProcessor(ProcessorMixin):
         """The placeholders of one recording."""
         return self.audio_token * audio_inputs["num_audio_tokens"][audio_idx]
 
-    def transcribe(self, messages: list[dict], model, **generate_kwargs) -> list[dict]:
+    def transcribe(
+        self, messages: list[dict] | list[list[dict]], model, **generate_kwargs
+    ) -> list[dict] | list[list[dict]]:
         """Writes every recording down, for the routes that start from a transcript.
 
         Args:
-            messages: one conversation.
+            messages: one conversation, or several, whose recordings are written down together.
             model: a `PhiMMForConditionalGeneration` with such an `audio_route`.
             generate_kwargs: as `model.transcribe` takes them.
 
         Returns:
-            the conversation with every audio part turned into what `transcript_part` gives; the one
-            passed in is left as it is.
+            the conversations with every audio part turned into what `transcript_part` gives; those
+            passed in are left as they are.
         """
         if self.transcript_tokenizer is None:
             raise ValueError(
                 "got a processor without transcript_tokenizer, expected one of the 'transcript', "
                 "'transcript_embeddings' or 'decoder' route"
             )
-
-        def convert(part: dict) -> dict:
-            if part["type"] != "audio" or part.get("audio_embeds") is not None:
-                return part
-            samples = self.load_audio(_media_of(part, ("audio", "url", "path", "base64")))
-            mel = self._mel_windows([samples])["input_features"]
-            text, words = self.read_transcript(model.transcribe(mel, **generate_kwargs))
-            if not text or model.config.audio_route == "transcript":
-                return self.transcript_part(text)
-            said = {k: v for k, v in generate_kwargs.items() if k in ("language", "task")}
-            features = model.get_transcript_features(mel, words, **said)
-            return self.transcript_part(text, torch.cat(features).cpu())
-
+        if messages and isinstance(messages[0], dict):
+            return self.transcribe([messages], model, **generate_kwargs)[0]
+        sounding = [part for turns in messages for part in _parts(turns) if _is_unwritten(part)]
+        recordings = [
+            self.load_audio(_media_of(part, ("audio", "url", "path", "base64")))
+            for part in sounding
+        ]
+        written = iter(self._write_down(recordings, model, **generate_kwargs) if recordings else ())
         return [
-            message
-            if isinstance(message["content"], str)
-            else {**message, "content": [convert(part) for part in message["content"]]}
-            for message in messages
+            [
+                turn
+                if isinstance(turn["content"], str)
+                else {
+                    **turn,
+                    "content": [
+                        next(written) if _is_unwritten(part) else part for part in turn["content"]
+                    ],
+                }
+                for turn in turns
+            ]
+            for turns in messages
+        ]
+
+    def _write_down(self, recordings: list[np.ndarray], model, **generate_kwargs) -> list[dict]:
+        """What stands in the place of each recording."""
+        mel = self._mel_windows(recordings)["input_features"]
+        counts = [self.count_audio_windows(len(samples)) for samples in recordings]
+        ids = model.transcribe(mel, **generate_kwargs)
+        transcripts = [self.read_transcript(rows) for rows in ids.split(counts)]
+        if model.config.audio_route == "transcript":
+            return [self.transcript_part(text) for text, _ in transcripts]
+        words = [window for _, windows in transcripts for window in windows]
+        said = {k: v for k, v in generate_kwargs.items() if k in ("language", "task")}
+        features = iter(model.get_transcript_features(mel, words, **said))
+        own = [torch.cat([next(features) for _ in range(count)]).cpu() for count in counts]
+        return [
+            self.transcript_part(text, heard)
+            for (text, _), heard in zip(transcripts, own, strict=True)
         ]
 
     def read_transcript(self, ids: torch.LongTensor) -> tuple[str, list[list[int]]]:
@@ -450,6 +472,16 @@ class PhiMMProcessor(ProcessorMixin):
         if features is None or not text:
             return {"type": "text", "text": text or NOTHING_HEARD}
         return {"type": "audio", "audio_embeds": features, "transcript": text}
+
+
+def _parts(messages: list[dict]) -> list[dict]:
+    """All parts of a conversation that are no bare string."""
+    turns = (turn["content"] for turn in messages if not isinstance(turn["content"], str))
+    return [part for content in turns for part in content]
+
+
+def _is_unwritten(part: dict) -> bool:
+    return part["type"] == "audio" and part.get("audio_embeds") is None
 
 
 def _media_of(part: dict, keys: tuple[str, ...]) -> Any:

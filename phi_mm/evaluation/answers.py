@@ -40,7 +40,7 @@ def answer(
     for batch in _batches(prompts, batch_size, title):
         chosen = [prompts[index] for index in batch]
         if processor.transcript_tokenizer is not None:
-            chosen = [processor.transcribe(messages, model) for messages in chosen]
+            chosen = processor.transcribe(chosen, model)
         inputs = processor.apply_chat_template(
             chosen,
             add_generation_prompt=True,

@@ -192,6 +192,12 @@ def test_a_batch_is_its_conversations_and_a_cache_is_its_model(route: str, stage
     rows = mixture(recipe.data.train, 0, processor)
     written = [processor.transcribe(asked, model) for asked in questions(rows)]
     assert written[3][0]["content"][0] == {"type": "text", "text": NOTHING}
+    for one, other in zip(written, processor.transcribe(questions(rows), model), strict=True):
+        for part, beside in zip(one[0]["content"], other[0]["content"], strict=True):
+            assert part.get("transcript") == beside.get("transcript")
+            if "audio_embeds" in part:
+                heard = part["audio_embeds"], beside["audio_embeds"]
+                torch.testing.assert_close(*heard, atol=1e-4, rtol=0)
     together = model(**prepared(processor, written)).logits[:, -1]
     for row, asked in zip(together, written, strict=True):
         alone = model(**prepared(processor, [asked])).logits[0, -1]
