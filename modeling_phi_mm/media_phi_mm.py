@@ -4,6 +4,9 @@ Shapes as in modeling_phi_mm.py: B samples, L text positions, N images, P patche
     M mel frames, F encoder frames, C tower width, D language model width.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -13,7 +16,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .adapters_phi_mm import refuse_mixed_projectors
 from .packing_phi_mm import any_in_conversation
-from .transcription_phi_mm import WRITTEN_ROUTES, TranscriptionMixin
+from .transcription_phi_mm import WINDOWS_AT_ONCE, WRITTEN_ROUTES, TranscriptionMixin
 
 MEDIA_INPUTS = (
     "pixel_values",
@@ -61,7 +64,7 @@ class MediaMixin(TranscriptionMixin):
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.audio_tower)):
             mel = input_features.to(self.audio_tower.dtype)
             if self.config.audio_padded or input_features_mask is None:
-                return self.audio_tower(mel).last_hidden_state
+                return _some_at_a_time(lambda w: self.audio_tower(w).last_hidden_state, mel)
             return _encode_sound(self.audio_tower, mel, input_features_mask.sum(dim=1))
 
     def _require_vision(self):
@@ -289,6 +292,17 @@ class MediaMixin(TranscriptionMixin):
         return inputs_embeds
 
 
+def _some_at_a_time(
+    encode: Callable[[torch.Tensor], torch.Tensor], windows: torch.Tensor
+) -> torch.Tensor:
+    """`encode` of all windows; where no graph is kept, of a few at a time, so that an hour needs no
+    more memory for activations than four minutes.
+    """
+    if torch.is_grad_enabled():
+        return encode(windows)
+    return torch.cat([encode(some) for some in windows.split(WINDOWS_AT_ONCE)])
+
+
 def _encode_sound(encoder: nn.Module, mel: torch.Tensor, lengths: torch.LongTensor) -> torch.Tensor:
     """Windows (W, mels, M), of which so many frames sound (W), to (W, F, C). Those of one length go
     through the encoder together, so that none needs a mask.
@@ -297,7 +311,7 @@ def _encode_sound(encoder: nn.Module, mel: torch.Tensor, lengths: torch.LongTens
     features = mel.new_zeros(len(mel), longest, encoder.config.d_model)
     for length in lengths.unique().tolist():
         same = lengths == length
-        heard = _encode_unpadded(encoder, mel[same, :, :length])
+        heard = _some_at_a_time(partial(_encode_unpadded, encoder), mel[same, :, :length])
         features[same, : heard.shape[1]] = heard
     return features
 

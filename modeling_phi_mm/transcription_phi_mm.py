@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 WRITTEN_ROUTES = ("transcript", "transcript_embeddings", "decoder")  # they start from a transcript
-WINDOWS_AT_ONCE = 8  # bounds the memory of an hour: Whisper keeps keys and values of each window
+WINDOWS_AT_ONCE = 8  # of 30 s each, outside of training: this bounds the memory of an hour
 
 
 class TranscriptionMixin:

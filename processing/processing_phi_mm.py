@@ -5,6 +5,7 @@ placeholders.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
 
-from .recordings_phi_mm import name_of, open_recording
+from .recordings_phi_mm import name_of, open_recording, split_at_pauses
 
+WINDOWS_AT_ONCE = 8  # that are written down together
 NOTHING_HEARD = "(nothing was heard)"  # what a recording without words becomes
+FIRST_TIME, TIME_STEP = "<|0.00|>", 0.02  # of Whisper's timestamps, in seconds; some have none
 SUB_PROCESSORS = ("image_processor", "feature_extractor", "tokenizer", "transcript_tokenizer")
 
 
@@ -321,13 +324,15 @@ class PhiMMProcessor(ProcessorMixin):
         return open_recording(source, self.feature_extractor.sampling_rate)
 
     def split_windows(self, samples: np.ndarray) -> list[np.ndarray]:
-        """Cuts a recording into Whisper's windows (30 s); the last one holds the rest."""
-        length = self.feature_extractor.n_samples
-        return [samples[start : start + length] for start in range(0, len(samples), length)]
+        """Cuts a recording into windows of at most Whisper's length (30 s).
 
-    def count_audio_windows(self, num_samples: int) -> int:
-        """Windows of a recording of that many 16 kHz samples."""
-        return math.ceil(num_samples / self.feature_extractor.n_samples)
+        For the encoder all are full but the last. Where Whisper writes them down they end in
+        pauses.
+        """
+        length = self.feature_extractor.n_samples
+        if self.transcript_tokenizer is not None:
+            return split_at_pauses(samples, length, self.feature_extractor.sampling_rate)
+        return [samples[start : start + length] for start in range(0, len(samples), length)]
 
     def count_audio_tokens(self, num_frames: int) -> int:
         """Audio tokens of a recording with that many sounding encoder frames (20 ms each), window
@@ -355,12 +360,14 @@ class PhiMMProcessor(ProcessorMixin):
             inputs = self._pad_frames([recording["audio_embeds"] for recording in audio])
         else:
             frames = [self.count_frames(len(samples)) for samples in audio]
-            inputs = self._mel_windows(audio)
+            inputs = self._mel_windows(self._all_windows(audio))
         inputs["num_audio_tokens"] = [self.count_audio_tokens(count) for count in frames]
         return inputs, [self.replace_audio_token(inputs, i) for i in range(len(audio))]
 
-    def _mel_windows(self, audio: list[np.ndarray]) -> dict[str, torch.Tensor]:
-        windows = [window for samples in audio for window in self.split_windows(samples)]
+    def _all_windows(self, recordings: list[np.ndarray]) -> list[np.ndarray]:
+        return [window for samples in recordings for window in self.split_windows(samples)]
+
+    def _mel_windows(self, windows: list[np.ndarray]) -> dict[str, torch.Tensor]:
         extracted = self.feature_extractor(
             windows,
             sampling_rate=self.feature_extractor.sampling_rate,
@@ -430,8 +437,9 @@ class PhiMMProcessor(ProcessorMixin):
 
     def _write_down(self, recordings: list[np.ndarray], model, **generate_kwargs) -> list[dict]:
         """What stands in the place of each recording."""
-        mel = self._mel_windows(recordings)["input_features"]
-        counts = [self.count_audio_windows(len(samples)) for samples in recordings]
+        split = [self.split_windows(samples) for samples in recordings]
+        counts = [len(windows) for windows in split]
+        mel = self._mel_windows([w for windows in split for w in windows])["input_features"]
         ids = model.transcribe(mel, **generate_kwargs)
         transcripts = [self.read_transcript(rows) for rows in ids.split(counts)]
         if model.config.audio_route == "transcript":
@@ -444,6 +452,62 @@ class PhiMMProcessor(ProcessorMixin):
             self.transcript_part(text, heard)
             for (text, _), heard in zip(transcripts, own, strict=True)
         ]
+
+    def transcribe_segments(
+        self,
+        recording,
+        model,
+        progress: Callable[[float, float], None] | None = None,
+        **generate_kwargs,
+    ) -> list[dict]:
+        """Writes one recording of any length down, with the times that Whisper gives.
+
+        Besides the samples (230 MB an hour) no more than a few windows are in memory.
+
+        Args:
+            recording: as `load_audio` takes it.
+            model: as `transcribe` takes it.
+            progress: called with the seconds that are written down, and with those there are.
+            generate_kwargs: as `model.transcribe` takes them, but `return_timestamps`.
+
+        Returns:
+            `[{"start": seconds, "end": seconds, "text": words}, ...]`. Where Whisper gives no time,
+            a segment is a whole window.
+        """
+        samples, rate = self.load_audio(recording), self.feature_extractor.sampling_rate
+        windows, segments, begin = self.split_windows(samples), [], 0
+        timed = FIRST_TIME in self.transcript_tokenizer.get_vocab()
+        for first in range(0, len(windows), WINDOWS_AT_ONCE):
+            some = windows[first : first + WINDOWS_AT_ONCE]
+            mel = self._mel_windows(some)["input_features"]
+            ids = model.transcribe(mel, return_timestamps=timed, **generate_kwargs)
+            for window, row in zip(some, ids, strict=True):
+                end = begin + len(window)
+                segments += self.read_segments(row, begin / rate, end / rate)
+                begin = end
+            if progress is not None:
+                progress(begin / rate, len(samples) / rate)
+        return segments
+
+    def read_segments(self, ids: torch.LongTensor, start: float, end: float) -> list[dict]:
+        """The segments of one window that lasts from `start` to `end` seconds, as
+        `transcribe_segments` gives them.
+
+        Args:
+            ids: (tokens,) that `model.transcribe` wrote for it, with timestamps.
+        """
+        first = self.transcript_tokenizer.get_vocab().get(FIRST_TIME, math.inf)
+        segments, words, begin = [], [], start
+        # At the end stands the window's own end: Whisper's last words may have no time behind them.
+        for token in [*ids.tolist(), None]:
+            if token is not None and token < first:
+                words.append(token)
+                continue
+            stop = end if token is None else min(start + (token - first) * TIME_STEP, end)
+            if text := self.transcript_tokenizer.decode(words, skip_special_tokens=True).strip():
+                segments.append({"start": begin, "end": stop, "text": text})
+            words, begin = [], stop
+        return segments
 
     def read_transcript(self, ids: torch.LongTensor) -> tuple[str, list[list[int]]]:
         """The text of one recording, and the ids of its words.

@@ -82,7 +82,7 @@ def transcribe(
         ids = whisper.generate(input_features=mel.to(whisper.device, whisper.dtype))
         windows = iter(tokenizer.batch_decode(ids, skip_special_tokens=True))
         for index, recording in zip(batch, samples, strict=True):
-            count = processor.count_audio_windows(len(recording))
+            count = len(processor.split_windows(recording))
             transcripts[index] = " ".join(next(windows).strip() for _ in range(count))
     return transcripts
 

@@ -213,13 +213,11 @@ def _prepare_audio(
     """
     recordings = [processor.load_audio(source) for source in sources]
     heard = processor(audio=recordings, return_tensors="np")
-    samples = [len(recording) for recording in recordings]
-    mel, mask = heard["input_features"], heard["input_features_mask"]
-    return (
-        mel,
-        mask,
-        [(processor.count_audio_windows(n), processor.count_frames(n)) for n in samples],
-    )
+    lengths = [
+        (len(processor.split_windows(recording)), processor.count_frames(len(recording)))
+        for recording in recordings
+    ]
+    return heard["input_features"], heard["input_features_mask"], lengths
 
 
 def _encode_audio(

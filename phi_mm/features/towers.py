@@ -84,7 +84,8 @@ def writing(towers: MediaMixin) -> dict[str, str]:
         return {}
     settings = dict(towers.config.transcript_generation_config or {})
     settings.pop("transformers_version", None)
-    return {"Whisper's generation": json.dumps(settings, sort_keys=True)}
+    written = {"Whisper's generation": json.dumps(settings, sort_keys=True)}
+    return written | {"windows": "end in pauses"}  # as `PhiMMProcessor.split_windows` cuts them
 
 
 def _weights_hash(module: nn.Module) -> str:

@@ -9,6 +9,7 @@ appends to a file of its own, and all read all of them. A torn last line does no
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +62,8 @@ class TranscriptStore:
                 line = {"key": key, "text": transcript.text, "words": transcript.words}
                 file.write(json.dumps(line).encode() + b"\n")
                 self.known[key] = transcript
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _whole_lines(path: Path) -> int:

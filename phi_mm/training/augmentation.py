@@ -12,7 +12,7 @@ from phi_mm.datasets.examination import TokenCounter
 from phi_mm.datasets.streaming import ROUND
 from processing import PhiMMCollator, PhiMMProcessor
 
-Heard = tuple[int, np.random.Generator]  # samples of a recording, and who draws for it
+Heard = tuple[int, np.random.Generator]  # windows of a recording, and who draws for it
 
 
 class AugmentingCollator:
@@ -83,7 +83,7 @@ class AugmentingCollator:
             recording = self.processor.load_audio(part["audio"])
             rng = self._generator(row, recording)
             recording = augment(recording, self.rate, self.chosen, rng, own_speed)
-            heard.append((len(recording), rng))
+            heard.append((len(self.processor.split_windows(recording)), rng))
             return {"type": "audio", "audio": recording}
 
         messages = [
@@ -101,9 +101,7 @@ class AugmentingCollator:
 
     def _masked(self, mel: torch.Tensor, frames: list[int], heard: list[Heard]) -> torch.Tensor:
         """Mel windows (W, bands, F), of which so many frames sound, with parts hidden."""
-        owners = [
-            rng for length, rng in heard for _ in range(self.processor.count_audio_windows(length))
-        ]
+        owners = [rng for windows, rng in heard for _ in range(windows)]
         rate = self.rate / self.processor.feature_extractor.hop_length
         masked = [
             mask_mel(window, count, rate, self.chosen, rng)

@@ -18,8 +18,6 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .media import MediaLimits, UnusableFile
 from .store import BoundedStore
 
-WINDOWS_AT_ONCE = 8  # of 30 seconds each: more would take memory and no less time
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -184,12 +182,10 @@ class PromptReader:
                 path,
             )
         given = self.processor(audio=[samples], return_tensors="pt").to(self.model.device)
-        parts = (given[n].split(WINDOWS_AT_ONCE) for n in ("input_features", "input_features_mask"))
-        heard = [
-            self.model.model.get_audio_tower_features(*some).flatten(0, 1).cpu()
-            for some in zip(*parts, strict=True)
-        ]
-        return torch.cat(heard)[:frames].clone()
+        heard = self.model.model.get_audio_tower_features(
+            given["input_features"], given["input_features_mask"]
+        )
+        return heard.flatten(0, 1)[:frames].cpu().clone()
 
     def _transcribe(self, path: str) -> tuple[str, torch.Tensor | None]:
         """What Whisper wrote, and features (T, C) at its words where the route projects them."""

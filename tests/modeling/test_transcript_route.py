@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers import AutoTokenizer, WhisperConfig, WhisperForConditionalGeneration
 
 from modeling_phi_mm import PhiMMForConditionalGeneration
 from processing import PhiMMProcessor
@@ -70,3 +70,54 @@ def test_untranscribed_audio_is_refused(transcript_phi_mm, make_phi_mm):
         make_phi_mm()[0].transcribe(torch.zeros(1, 8, 100))
     with pytest.raises(ValueError, match="without transcript_tokenizer"):
         make_phi_mm()[1].transcribe(said, model)
+
+
+def test_windows_that_are_written_down_end_in_pauses(transcript_phi_mm):
+    """Speech with a pause from 0.80 to 0.95 s, and from 1.70 to 1.85 s; windows of one second."""
+    _, processor = transcript_phi_mm
+    speech = (0.3 * np.sin(np.arange(40_000) / 7)).astype(np.float32)
+    for start, end in ((0.80, 0.95), (1.70, 1.85)):
+        speech[round(start * 16_000) : round(end * 16_000)] *= 0.01
+    windows = processor.split_windows(speech)
+    assert np.array_equal(np.concatenate(windows), speech)
+    first, second = len(windows[0]), len(windows[0]) + len(windows[1])
+    assert 0.80 < first / 16_000 < 0.95 and 1.70 < second / 16_000 < 1.85
+    assert max(map(len, windows)) <= 16_000 and len(windows) == 3
+    [whole] = processor.split_windows(speech[:16_000])
+    assert len(whole) == 16_000
+    assert len(processor.split_windows(speech[:16_001])) == 2
+
+
+def test_a_long_recording_is_written_down_in_windows_with_their_times(transcript_phi_mm):
+    model, processor = transcript_phi_mm
+    recording = (0.3 * np.sin(np.arange(150_000) / 7)).astype(np.float32)
+    told = []
+    segments = processor.transcribe_segments(
+        recording, model, progress=lambda done, there: told.append((done, there))
+    )
+    windows = processor.split_windows(recording)
+    ends = np.cumsum([len(window) for window in windows]) / 16_000
+    assert [segment["end"] for segment in segments] == ends.tolist()
+    assert [segment["start"] for segment in segments] == [0, *ends[:-1].tolist()]
+    assert [there for _, there in told] == [150_000 / 16_000] * len(told)
+    assert [done for done, _ in told] == [ends[7], ends[-1]] and len(windows) > 8
+    said = [{"role": "user", "content": [{"type": "audio", "audio": recording}]}]
+    [part] = processor.transcribe(said, model)[0]["content"]
+    assert " ".join(segment["text"] for segment in segments) == part["text"]
+
+
+def test_times_of_a_window_become_times_of_the_recording(transcript_phi_mm, samples):
+    _, other = transcript_phi_mm
+    tokenizer = AutoTokenizer.from_pretrained(samples / "tokenizers/whisper-base_hf")
+    processor = PhiMMProcessor(
+        feature_extractor=other.feature_extractor,
+        tokenizer=other.tokenizer,
+        transcript_tokenizer=tokenizer,
+        chat_template=other.chat_template,
+    )
+    written = "<|startoftranscript|><|en|><|transcribe|><|0.00|> hello there<|1.20|><|1.40|> and"
+    ids = tokenizer(written, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    assert processor.read_segments(ids, 30.0, 52.5) == [
+        {"start": 30.0, "end": pytest.approx(31.2), "text": "hello there"},
+        {"start": pytest.approx(31.4), "end": 52.5, "text": "and"},
+    ]
