@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from ..serving import ROOT
 
 EXAMPLES = ROOT / "spaces_app" / "examples"
-PATIENCE = 30_000  # milliseconds: a machine may be busy
+PATIENCE = 60_000  # milliseconds: a machine may be busy
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = [
     "--headless=new",
