@@ -17,6 +17,7 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
 
 from .recordings_phi_mm import name_of, open_recording, split_at_pauses
+from .streaming_phi_mm import AudioStream
 
 WINDOWS_AT_ONCE = 8  # that are written down together
 NOTHING_HEARD = "(nothing was heard)"  # what a recording without words becomes
@@ -419,7 +420,8 @@ class PhiMMProcessor(ProcessorMixin):
             self.load_audio(_media_of(part, ("audio", "url", "path", "base64")))
             for part in sounding
         ]
-        written = iter(self._write_down(recordings, model, **generate_kwargs) if recordings else ())
+        pairs = self.write_down(recordings, model, **generate_kwargs) if recordings else ()
+        written = iter([self.transcript_part(*pair) for pair in pairs])
         return [
             [
                 turn
@@ -435,23 +437,31 @@ class PhiMMProcessor(ProcessorMixin):
             for turns in messages
         ]
 
-    def _write_down(self, recordings: list[np.ndarray], model, **generate_kwargs) -> list[dict]:
-        """What stands in the place of each recording."""
+    def write_down(
+        self, recordings: list[np.ndarray], model, **generate_kwargs
+    ) -> list[tuple[str, torch.Tensor | None]]:
+        """What Whisper writes of recordings that `load_audio` opened: for each its text, which is
+        empty where there is no word, and on the routes that project them the features (T, C) of its
+        words.
+        """
         split = [self.split_windows(samples) for samples in recordings]
         counts = [len(windows) for windows in split]
         mel = self._mel_windows([w for windows in split for w in windows])["input_features"]
         ids = model.transcribe(mel, **generate_kwargs)
         transcripts = [self.read_transcript(rows) for rows in ids.split(counts)]
         if model.config.audio_route == "transcript":
-            return [self.transcript_part(text) for text, _ in transcripts]
+            return [(text, None) for text, _ in transcripts]
         words = [window for _, windows in transcripts for window in windows]
         said = {k: v for k, v in generate_kwargs.items() if k in ("language", "task")}
         features = iter(model.get_transcript_features(mel, words, **said))
-        own = [torch.cat([next(features) for _ in range(count)]).cpu() for count in counts]
         return [
-            self.transcript_part(text, heard)
-            for (text, _), heard in zip(transcripts, own, strict=True)
+            (text, torch.cat([next(features) for _ in range(count)]).cpu())
+            for (text, _), count in zip(transcripts, counts, strict=True)
         ]
+
+    def stream_audio(self, model, **generate_kwargs) -> AudioStream:
+        """A recording that comes in chunks: see `AudioStream`."""
+        return AudioStream(self, model, **generate_kwargs)
 
     def transcribe_segments(
         self,

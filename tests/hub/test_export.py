@@ -44,6 +44,7 @@ def test_folder_is_a_whole_repository(exported: tuple) -> None:
         "processor_config.json",
         "projectors_phi_mm.py",
         "recordings_phi_mm.py",
+        "streaming_phi_mm.py",
         "tokenizer.json",
         "tokenizer_config.json",
         "transcription_phi_mm.py",

@@ -24,6 +24,7 @@ PROCESSOR = {
     "processing_phi_mm.py",
     "processor_config.json",
     "recordings_phi_mm.py",
+    "streaming_phi_mm.py",
     "tokenizer.json",
     "tokenizer_config.json",
 }

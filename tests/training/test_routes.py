@@ -273,3 +273,29 @@ def test_what_a_route_cannot_do_is_refused(route: str, stage1):
     with pytest.raises(ValueError, match=r"processor.transcribe\(messages, model\)"):
         content = [{"type": "audio", "audio": sound(1, 0)}]
         prepared(processor, [[{"role": "user", "content": content}]])
+
+
+@pytest.mark.parametrize("route", ["encoder", *WRITTEN])
+def test_what_comes_in_chunks_is_what_comes_at_once(route: str, stage1):
+    """Nine seconds: two whole windows of the tiny Whisper and a rest, or some that end in pauses."""
+    model, processor = join_parts(stage1(route))
+    recording = sound(9, seed=5)
+    stream = processor.stream_audio(model)
+    for start in range(0, len(recording), 1000):
+        stream.add(recording[start : start + 1000])
+    part = stream.finish()
+    whole = {"type": "audio", "audio": recording}
+    if route != "encoder":
+        [whole] = processor.transcribe([{"role": "user", "content": [whole]}], model)[0]["content"]
+        assert part.get("text") == whole.get("text")
+        assert part.get("transcript") == whole.get("transcript")
+    asked = [[{"role": "user", "content": [given]}] for given in (part, whole)]
+    ids = [prepared(processor, [turns]) for turns in asked]
+    assert torch.equal(ids[0]["input_ids"], ids[1]["input_ids"])
+    with torch.no_grad():
+        one, other = (model(**inputs).logits[0, -1] for inputs in ids)
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="got no samples"):
+        stream.finish()
+    with pytest.raises(ValueError, match="got int16 of shape"):
+        stream.add(np.zeros(5, np.int16))
