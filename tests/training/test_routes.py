@@ -277,7 +277,7 @@ def test_what_a_route_cannot_do_is_refused(route: str, stage1):
 
 @pytest.mark.parametrize("route", ["encoder", *WRITTEN])
 def test_what_comes_in_chunks_is_what_comes_at_once(route: str, stage1):
-    """Nine seconds: two whole windows of the tiny Whisper and a rest, or some that end in pauses."""
+    """Nine seconds: two whole windows of the tiny Whisper and a rest, or windows with pauses."""
     model, processor = join_parts(stage1(route))
     recording = sound(9, seed=5)
     stream = processor.stream_audio(model)
