@@ -2,8 +2,8 @@
 
     python benchmarks/audio_routes.py runs/demo
 
-Every route is trained alike, projectors first and then QLoRA, and answers the same held-out
-questions: as recorded (10 to 40 dB), and with noise added. Then a question of so many seconds is
+Every route is trained alike, projectors first and then QLoRA, on the demo's rows and on typed
+questions about recordings, and answers the same held-out questions: as recorded (10 to 40 dB), and with noise added. Then a question of so many seconds is
 asked until the first token comes, each route in a process of its own, turn about. A table comes on
 stdout, and one line of JSON last.
 """
@@ -68,7 +68,7 @@ def _arguments(stage: str, route: str, demo: Path, out: Path, steps: int, seed: 
         "training.max_steps": steps,
         "training.per_device_train_batch_size": recipe.training["per_device_train_batch_size"]
         // PROCESSES,
-        "data.train": str(demo / "world" / f"{stage}.json"),
+        "data.train": [str(demo / "world" / name) for name in (f"{stage}.json", "listening.json")],
         "data.validation": [],
         "features_dir": str(out / route / "features"),
         "evaluation": [],

@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 STAGE1_REPETITIONS = 3  # recordings in a row to be written down
 STAGE2_REPETITIONS = 2
 STAGE2_SHARE = 0.2  # of all recordings that stage 2 has written down again
-LISTENED_SHARE = 0.15  # of all recordings that either stage asks typed questions about
+LISTENED_SHARE = 0.3  # of all recordings that typed questions are asked about
 MIXED = 40  # rows of each task in the small mix for the validation loss
 CHUNK = 16  # items handed to a worker at a time
 
@@ -43,10 +43,11 @@ def write_world(
     """Write the world into `out`, or keep the one that the same arguments and code wrote there.
 
     `stage1.json` (pictures with several typed turns; spoken conversations; recordings to be written
-    down or asked about), `stage2.json` (typed, spoken and mixed conversations about the same
-    pictures; spoken and plain text ones; recordings), `validation.json` (a small mix for the
-    validation loss), and one file for each task of `exams.TASKS` in `val/` and `test/`, in the form
-    of LLaVA-Instruct-150K; media in `images/` (48x48 PNG) and `audio/` (16 kHz FLAC).
+    down), `stage2.json` (typed, spoken and mixed conversations about the same pictures; spoken and
+    plain text ones; recordings), `listening.json` (typed questions about recordings, which the demo
+    leaves out), `validation.json` (a small mix for the validation loss), and one file for each task
+    of `exams.TASKS` in `val/` and `test/`, in the form of LLaVA-Instruct-150K; media in `images/`
+    (48x48 PNG) and `audio/` (16 kHz FLAC).
 
     Args:
         images: training pictures; every four carry four recorded questions.
@@ -157,9 +158,8 @@ def _files(made: list[tuple[Item, Any]], seed: int) -> dict[str, list[dict]]:
     some = rng.sample(recordings, round(STAGE2_SHARE * len(recordings)))
     files["stage1.json"] += _repetitions(recordings, STAGE1_REPETITIONS, rng)
     files["stage2.json"] += _repetitions(some, STAGE2_REPETITIONS, rng)
-    for stage in ("stage1.json", "stage2.json"):
-        files[stage] += _listened(recordings, rng)
-    for task in exams.TASKS:
+    files["listening.json"] = _listened(recordings, random.Random(f"{seed} listening"))
+    for task in (task for task in exams.TASKS if task != "listening"):
         files["validation.json"] += [_folder_up(r) for r in files[f"val/{task}.json"][:MIXED]]
     return dict(files)
 

@@ -57,7 +57,8 @@ def content_of(out):
 def test_nothing_held_out_is_in_a_training_row(world):
     held = TEST_PAIRS | VALIDATION_PAIRS
     seen = Counter()
-    for row in rows_of(world, "stage1.json") + rows_of(world, "stage2.json"):
+    files = ("stage1.json", "stage2.json", "listening.json")
+    for row in (row for name in files for row in rows_of(world, name)):
         spoken = row.get("transcripts", [])
         texts = [*said(row, "human"), *said(row, "gpt"), *spoken, row.get("scene", "")]
         assert not named_pairs(" | ".join(texts)) & held, row
@@ -138,8 +139,11 @@ def test_typed_questions_about_recordings_are_true_of_them(world):
     kinds = Counter(kind for kind, _ in found.elements())
     assert set(kinds) == set(LISTENING_KINDS) and min(kinds.values()) >= 8
     assert found["pace", "fast"] and found["pace", "slow"]
-    for row in rows_of(world, "test/listening.json") + rows_of(world, "test/asr.json"):
         assert row["audio"].startswith("../audio/test_sentence_")
+    recordings = list((world / "audio").glob("train_*"))
+    taught = rows_of(world, "listening.json")
+    assert len(taught) == round(0.3 * len(recordings))
+    assert all(said(row, "human")[0].startswith("<audio>") for row in taught)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +169,7 @@ def test_stage1_has_long_picture_conversations_spoken_ones_and_repetitions(world
     repetitions = [row for row in rows if "repetition" in row["id"]]
     spoken = [row for row in rows if "speech" in row["id"]]
     assert len(pictures) == 120 and len(spoken) == 20
-    listened = [row for row in rows if "listened" in row["id"]]
-    assert len(pictures) + len(spoken) + len(repetitions) + len(listened) == len(rows)
+    assert len(pictures) + len(spoken) + len(repetitions) == len(rows)
     assert {len(said(row, "human")) for row in pictures} == {4, 5, 6, 7}
     for row in pictures:
         texts = said(row, "human")
@@ -177,7 +180,6 @@ def test_stage1_has_long_picture_conversations_spoken_ones_and_repetitions(world
         assert set(said(row, "human")) <= asked
         assert said(row, "gpt") == [text.removesuffix(".") for text in row["transcripts"]]
     recordings = [path for row in repetitions for path in row["audio"]]
-    assert len(listened) == round(0.15 * len(recordings))
     on_disk = {f"audio/{path.name}" for path in (world / "audio").glob("train_*")}
     assert len(recordings) == len(set(recordings)) and set(recordings) == on_disk
 
@@ -230,7 +232,7 @@ def test_media_have_the_form_that_the_towers_want(world):
 
 def test_every_file_reads_without_a_fault(world, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    names = ["stage1", "stage2", "validation", *(f"test/{task}" for task in TASKS)]
+    names = ["stage1", "stage2", "listening", "validation", *(f"test/{task}" for task in TASKS)]
     for name in names:
         report = check([{"path": str(world / f"{name}.json")}])
         assert report.parts[0].rows == len(rows_of(world, f"{name}.json"))
