@@ -3,9 +3,9 @@
     python benchmarks/audio_routes.py runs/demo
 
 Every route is trained alike, projectors first and then QLoRA, on the demo's rows and on typed
-questions about recordings, and answers the same held-out questions: as recorded (10 to 40 dB), and with noise added. Then a question of so many seconds is
-asked until the first token comes, each route in a process of its own, turn about. A table comes on
-stdout, and one line of JSON last.
+questions about recordings, and answers the same held-out questions: as recorded (10 to 40 dB), and
+with noise added. Then a question of so many seconds is asked until the first token comes, each
+route in a process of its own, turn about. A table comes on stdout, and one line of JSON last.
 """
 
 import argparse

@@ -129,6 +129,7 @@ def test_typed_questions_about_recordings_are_true_of_them(world):
     found = Counter()
     for row in rows_of(world, "test/listening.json"):
         assert said(row, "human")[0].startswith("<audio>")
+        assert row["audio"].startswith("../audio/test_sentence_")
         kind, variant = row["kind"], row["voice"].rpartition("+")[2]
         if kind == "words":
             assert NUMBERS.index(row["answer"]) == len(row["transcript"].split())
@@ -139,7 +140,6 @@ def test_typed_questions_about_recordings_are_true_of_them(world):
     kinds = Counter(kind for kind, _ in found.elements())
     assert set(kinds) == set(LISTENING_KINDS) and min(kinds.values()) >= 8
     assert found["pace", "fast"] and found["pace", "slow"]
-        assert row["audio"].startswith("../audio/test_sentence_")
     recordings = list((world / "audio").glob("train_*"))
     taught = rows_of(world, "listening.json")
     assert len(taught) == round(0.3 * len(recordings))
