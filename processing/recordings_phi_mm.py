@@ -233,4 +233,15 @@ def _without_offset(samples: np.ndarray, rate: int) -> np.ndarray:
     return samples - np.float32(mean) if abs(mean) > OFFSET else samples
 
 
-__all__ = ["name_of", "open_recording"]
+def media_of(part: dict, keys: tuple[str, ...]) -> Any:
+    """What a message's part shows or plays, under the first of these keys that it has."""
+    for key in keys:
+        if part.get(key) is not None:
+            return {key: part[key]} if key.endswith("_embeds") else part[key]
+    raise ValueError(
+        f"got an {part['type']} part with the keys {sorted(part)}, expected one of "
+        f"{', '.join(keys)}"
+    )
+
+
+__all__ = ["media_of", "name_of", "open_recording", "split_at_pauses"]

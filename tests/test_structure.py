@@ -42,7 +42,7 @@ def test_exported_files_import_siblings_and_installed_packages_only(path):
 
 def test_exported_basenames_are_unique():
     names = [path.name for path in EXPORTED]
-    assert len(set(names)) == len(names) == 12
+    assert len(set(names)) == len(names) == 13
 
 
 @pytest.mark.parametrize("folder", ["modeling_phi_mm", "processing"])

@@ -19,7 +19,7 @@ from phi_mm.features.store import FeatureStore
 from phi_mm.features.towers import encoders, fingerprint, writing
 from phi_mm.features.transcripts import TranscriptStore
 from processing import PhiMMProcessor
-from processing.processing_phi_mm import NOTHING_HEARD
+from processing.transcripts_phi_mm import NOTHING_HEARD
 
 
 class FeatureCache:

@@ -177,7 +177,7 @@ def test_saved_again(case, found):
     names = {path.name for path in again.iterdir()}
     assert names == {path.name for path in case.artefact.iterdir()} - {"LICENSE"}
     code = [name for name in names if name.endswith((".py", ".jinja"))]
-    assert len(code) == 13
+    assert len(code) == 14
     for name in code:
         assert (again / name).read_bytes() == (case.artefact / name).read_bytes(), name
     weights, saved = (load_file(folder / "model.safetensors") for folder in (case.artefact, again))

@@ -48,6 +48,7 @@ def test_folder_is_a_whole_repository(exported: tuple) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
         "transcription_phi_mm.py",
+        "transcripts_phi_mm.py",
     ]
     assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
     generation = json.loads((folder / "generation_config.json").read_text())

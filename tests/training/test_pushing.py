@@ -27,6 +27,7 @@ PROCESSOR = {
     "streaming_phi_mm.py",
     "tokenizer.json",
     "tokenizer_config.json",
+    "transcripts_phi_mm.py",
 }
 ADAPTER = PROCESSOR | {"adapter_config.json", "adapter_model.safetensors"}
 PUSHED = {
