@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from phi_mm.cli import parser
 from phi_mm.recipes import load_recipe
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     ROOT / "model_card.md",
     ROOT / "adapter_card.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -56,3 +58,16 @@ def test_links_and_paths_exist(document):
             folder = name.split("/")[0]
             if (ROOT / folder).is_dir():
                 assert (ROOT / name).exists(), f"{document.name} names {name}"
+
+
+def test_every_page_can_be_found_from_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [p.name for p in (ROOT / "docs").glob("*.md") if f"(docs/{p.name})" not in text]
+    assert not missing
+
+
+def test_workflows_and_templates_are_yaml():
+    files = [*(ROOT / ".github").rglob("*.yml"), ROOT / "CITATION.cff"]
+    assert len(files) == 6
+    for path in files:
+        assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict), path
