@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo space screenshots test conformance check setup clean
+.PHONY: demo space screenshots test conformance check docs setup clean
 
 setup: $(READY)
 
@@ -38,6 +38,11 @@ conformance: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The documents as a site, in build/site; any warning fails.
+docs: $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -48,6 +48,9 @@ EXTRAS = {
         "psutil>=5.9",
         "starlette>=1.0",
     ],
+    "docs": [
+        "mkdocs-material>=9.5",
+    ],
     "dev": [
         "axe-playwright-python>=0.1.8",
         "httpx>=0.27",

@@ -66,6 +66,12 @@ def test_every_page_can_be_found_from_the_readme():
     assert not missing
 
 
+def test_the_site_has_every_page():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = re.findall(r"'([\w-]+\.md)'", str(site["nav"]))
+    assert sorted(named) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
 def test_workflows_and_templates_are_yaml():
     files = [*(ROOT / ".github").rglob("*.yml"), ROOT / "CITATION.cff"]
     assert len(files) == 6
