@@ -129,7 +129,7 @@ class TranscriptionMixin:
                 )
             else:
                 columns.append(
-                    torch.full_like(columns[0], settings.lang_to_id[_language_token(language)])
+                    torch.full_like(columns[0], settings.lang_to_id[language_token(language)])
                 )
             task = task or getattr(settings, "task", None) or "transcribe"
             columns.append(torch.full_like(columns[0], settings.task_to_id[task]))
@@ -149,10 +149,10 @@ class TranscriptionMixin:
             )
 
 
-def _language_token(language: str) -> str:
+def language_token(language: str) -> str:
     """`<|en|>` for it, for `en` and for `english`."""
     name = language.lower()
     return name if name.startswith("<|") else f"<|{TO_LANGUAGE_CODE.get(name, name)}|>"
 
 
-__all__ = ["WRITTEN_ROUTES", "TranscriptionMixin"]
+__all__ = ["WRITTEN_ROUTES", "TranscriptionMixin", "language_token"]

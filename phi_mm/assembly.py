@@ -38,6 +38,7 @@ from phi_mm.parts import (
     load_text,
     load_tokenizer,
     load_vision,
+    transcript_settings,
 )
 from phi_mm.plan import ADAPTED, PROJECTORS, TOWERS, TuneSection
 from phi_mm.precision import automatic_attention
@@ -113,7 +114,8 @@ def join_parts(
         tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, AUDIO_TOKEN]),
     )
     if audio and spec.audio_route in WRITTEN_ROUTES:
-        config.transcript_generation_config = audio.generation_config.to_dict()
+        said = spec.transcript_language, spec.transcript_task
+        config.transcript_generation_config = transcript_settings(audio, *said)
     quantized = four_bit and recipe.tune.language_model == "qlora"
     weights = _joined_weights(config, text, vision, audio)
     settings = {"quantization_config": recipe.bitsandbytes_config()} if quantized else {}

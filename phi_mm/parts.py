@@ -1,6 +1,7 @@
 """The pretrained parts of a model: loaded strictly, the tokenizer with room for media."""
 
 import logging
+from typing import Any
 
 import torch
 from transformers import (
@@ -13,6 +14,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers.utils import logging as transformers_logging
+
+from modeling_phi_mm.transcription_phi_mm import language_token
 
 logger = logging.getLogger(__name__)
 
@@ -105,3 +108,28 @@ def load_tokenizer(name: str, text: PreTrainedModel) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # attention masks come from lengths, not from it
     return tokenizer
+
+
+def transcript_settings(
+    whisper: PreTrainedModel, language: str | None, task: str | None
+) -> dict[str, Any]:
+    """A Whisper's own generation settings, with the language and the task where they are given.
+
+    Raises:
+        ValueError: for a language that this Whisper does not know, or one that knows English alone.
+    """
+    settings = whisper.generation_config.to_dict()
+    if language is None and task is None:
+        return settings
+    known = settings.get("lang_to_id") or {}
+    if not known:
+        raise ValueError(
+            "got transcript_language or transcript_task for a Whisper that knows English alone: "
+            "leave them out, or take a multilingual one"
+        )
+    if language is not None and language_token(language) not in known:
+        codes = sorted(name.strip("<|>") for name in known)
+        raise ValueError(
+            f"got transcript_language={language!r}, expected one of {', '.join(codes)}"
+        )
+    return settings | {k: v for k, v in (("language", language), ("task", task)) if v is not None}

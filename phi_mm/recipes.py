@@ -45,6 +45,8 @@ class ModelSection:
     audio_stack: int = 4
     audio_route: str = "encoder"
     audio_padded: bool = True
+    transcript_language: str | None = None  # of the recordings, where Whisper need not detect it
+    transcript_task: Literal["transcribe", "translate"] | None = None  # translate: into English
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of frozen weights
     init_from: str | list[str] | None = None  # run folders of earlier stages: their projectors
 
@@ -403,6 +405,12 @@ def _check_combination(recipe: Recipe) -> None:
         _check_live_route(recipe.model.audio_route)
     if recipe.data.augmentation is not None:
         _check_augmentation(recipe)
+    spec = recipe.model
+    if (spec.transcript_language or spec.transcript_task) and spec.audio_route == "encoder":
+        raise ValueError(
+            "model.transcript_language or model.transcript_task is given, but model.audio_route is "
+            "encoder, which writes nothing down: leave them out, or take another route"
+        )
     if recipe.features_dir and recipe.features == "live":
         raise ValueError("features_dir is given but features is live: set features: cached")
     if recipe.features_dtype != "tower" and recipe.features == "live":

@@ -11,7 +11,7 @@ from modeling_phi_mm import PhiMMConfig
 from modeling_phi_mm.media_phi_mm import MediaMixin
 from modeling_phi_mm.transcription_phi_mm import WRITTEN_ROUTES
 from phi_mm.assembly import load_processor
-from phi_mm.parts import load_audio, load_vision
+from phi_mm.parts import load_audio, load_vision, transcript_settings
 from phi_mm.recipes import Recipe
 from phi_mm.weights import load_learnt_towers
 from processing import PhiMMProcessor
@@ -44,7 +44,8 @@ def load_towers(recipe: Recipe) -> tuple[Towers, PhiMMProcessor]:
         vision_feature_layer=spec.vision_feature_layer,
         audio_route=spec.audio_route,
         audio_padded=spec.audio_padded,
-        transcript_generation_config=audio and audio.generation_config.to_dict(),
+        transcript_generation_config=audio
+        and transcript_settings(audio, spec.transcript_language, spec.transcript_task),
     )
     if vision is not None:
         del vision.encoder.layers[config.num_vision_layers :]

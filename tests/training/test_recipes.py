@@ -46,7 +46,7 @@ def test_every_base_has_every_run():
     names = {(path.parent.name, path.stem) for path in RECIPES}
     bases = ("phi-1.5", "phi-2", "phi-3.5-mini", "phi-4-mini")
     runs = ("stage1", "stage2", "mix665k", "audio", "joint")
-    tiny = {("tiny", "stage1"), ("tiny", "stage2")}
+    tiny = {("tiny", run) for run in ("stage1", "stage2", "recordings")}
     assert names == {(base, run) for base in bases for run in runs} | tiny
 
 
@@ -111,6 +111,7 @@ def test_saved_recipe_is_read_back_equal(plain: Path, tmp_path: Path):
         ("features_dtype=int4", "got features_dtype='int4', expected tower or float16 or int8"),
         ("training.output_dir=null", "output_dir is missing"),
         ("model={text: a, vision: b, dtype: float64}", "dtype"),
+        ("model.transcript_language=en", "model.audio_route is encoder, which writes nothing"),
         ("training.label_smoothing_factor=0.1", "label_smoothing"),
     ],
 )

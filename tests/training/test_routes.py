@@ -275,6 +275,22 @@ def test_what_a_route_cannot_do_is_refused(route: str, stage1):
         prepared(processor, [[{"role": "user", "content": content}]])
 
 
+def test_the_language_of_recordings_is_a_line_of_the_recipe(stage1):
+    recipe = stage1(
+        "decoder", "model.transcript_language=english", "model.transcript_task=translate"
+    )
+    model, processor = join_parts(recipe)
+    settings = model.config.transcript_generation_config
+    assert (settings["language"], settings["task"]) == ("english", "translate")
+    towers, _ = load_towers(recipe)
+    assert towers.config.transcript_generation_config == settings
+    mel = processor(audio=[sound(1, 0)], return_tensors="pt")["input_features"]
+    ids = model.transcribe(mel)
+    assert torch.equal(ids, model.transcribe(mel, language="en", task="translate"))
+    with pytest.raises(ValueError, match="got transcript_language='de', expected one of en"):
+        join_parts(stage1("decoder", "model.transcript_language=de"))
+
+
 @pytest.mark.parametrize("route", ["encoder", *WRITTEN])
 def test_what_comes_in_chunks_is_what_comes_at_once(route: str, stage1):
     """Nine seconds: two whole windows of the tiny Whisper and a rest, or windows with pauses."""
