@@ -101,7 +101,7 @@ def measure(run: Path, demo: Path, limit: int | None, seed: int) -> list[dict]:
 
 
 def _scored(task: Task, said: list[str], seed: int) -> dict:
-    value, _, (low, high) = score(task, said, np.random.default_rng(seed))
+    value, _, (low, high), _ = score(task, said, np.random.default_rng(seed))
     return {"value": value, "low": low, "high": high, "n": len(said)}
 
 

@@ -76,15 +76,42 @@ class DistillationSection:
     weight: float = 1.0
 
 
+COLUMNS = {"id", "question", "answer", "image", "audio", "kind", "transcript"}
+
+
 @strict
 @dataclass(kw_only=True)
 class EvaluationTask:
-    """One measurement of the trained run, carried out by phi_mm.evaluation."""
+    """One measurement of the trained run, carried out by phi_mm.evaluation.
+
+    Attributes:
+        data: rows as training takes them; with `columns`, JSON lines or a list of another form.
+        columns: what of `COLUMNS` stands in which of the file's own columns.
+        media: folder of the files that such rows name.
+        prompt: what is asked, around `{question}`.
+    """
 
     task: str
     data: str
     metric: str
     control: str | None = None
+    columns: dict[str, str] | None = None
+    media: str | None = None
+    prompt: str = "{question}"
+
+    def validate_columns(self) -> None:
+        """Raises ValueError for columns that nobody reads, or too few of them."""
+        given = self.columns
+        if given is None:
+            if self.media is not None or self.prompt != "{question}":
+                raise ValueError("got media or prompt without columns, expected columns beside")
+            return
+        if unknown := sorted(given.keys() - COLUMNS):
+            raise ValueError(f"got columns {unknown}, expected of {sorted(COLUMNS)}")
+        if "answer" not in given or not given.keys() & {"question", "audio"}:
+            raise ValueError(f"got columns {given}, expected answer, and question or audio")
+        if "{question}" not in self.prompt:
+            raise ValueError(f"got prompt={self.prompt!r}, expected {{question}} in it")
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ METRIC_NAMES = {
     "exact_match": "exact match",
     "scene_match": "scene match",
     "wer": "word error rate",
+    "yes_no": "yes or no",
 }
 
 
@@ -96,8 +97,12 @@ def table(rows: list[Row]) -> str:
         ).rstrip()
         for line in lines
     ]
-    notes = "word error rate: lower is better" if any(row.metric == "wer" for row in rows) else ""
-    return "\n".join([*text, *([notes] if notes else [])])
+    if any(row.metric == "wer" for row in rows):
+        text.append("word error rate: lower is better")
+    for row in (row for row in rows if row.details and row.control is None):
+        told = ", ".join(f"{name} {value:.4g}" for name, value in row.details.items())
+        text.append(f"{row.task}: {told}")
+    return "\n".join(text)
 
 
 def percent(share: float) -> str:

@@ -13,7 +13,9 @@ from phi_mm.assembly import load_run
 from phi_mm.datasets import load_rows
 from phi_mm.evaluation import answers
 from phi_mm.evaluation.controls import CONTROLS
+from phi_mm.evaluation.forms import load_columns
 from phi_mm.evaluation.intervals import bootstrap, wilson
+from phi_mm.evaluation.items import Item
 from phi_mm.evaluation.metrics import METRICS
 from phi_mm.evaluation.normalise import normalise
 from phi_mm.recipes import EvaluationTask, Recipe, load_recipe
@@ -26,22 +28,12 @@ SPLITS = ("test", "val")  # names of the folders that hold each task's file
 
 
 @dataclass(frozen=True)
-class Item:
-    """One question and its right answer."""
-
-    id: str
-    kind: str
-    prompt: Messages
-    reference: str
-    transcript: str | None  # what is said in the prompt's recording, where the row tells
-
-
-@dataclass(frozen=True)
 class Row:
     """One measured number, a row of metrics.json.
 
     `control` is None for the measurement itself and names what was taken away otherwise; `baseline`
-    is what the commonest answer to each kind of question would score.
+    is what the commonest answer to each kind of question would score. `details` are what the metric
+    tells beside its value, such as precision and recall.
     """
 
     task: str
@@ -52,6 +44,7 @@ class Row:
     high: float
     baseline: float
     control: str | None
+    details: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,7 +113,12 @@ def plan(recipe: Recipe, split: str, limit: int | None) -> list[Task]:
     for entry in recipe.evaluation:
         _check(entry, recipe)
         if entry.task not in tasks:
-            items = load_items(_data_of(entry, split), entry.task, limit)
+            path = _data_of(entry, split)
+            items = (
+                load_items(path, entry.task, limit)
+                if entry.columns is None
+                else load_columns(path, entry, limit)
+            )
             tasks[entry.task] = Task(entry.task, entry.metric, items)
         if entry.control is not None:
             tasks[entry.task].controls.append(entry.control)
@@ -163,21 +161,22 @@ def carry_out(
             said = answers.transcribe(recipe, processor, shown, batch_size, title)
         else:
             said = answers.answer(speaker, processor, shown, room, batch_size, title)
-        value, scores, (low, high) = score(task, said, generator)
-        row = Row(task.name, task.metric, value, len(said), low, high, baseline, control)
+        value, scores, (low, high), details = score(task, said, generator)
+        row = Row(task.name, task.metric, value, len(said), low, high, baseline, control, details)
         task.outcomes.append(Outcome(row, said, scores))
 
 
 def score(
     task: Task, said: list[str], generator: np.random.Generator
-) -> tuple[float, list[float], tuple[float, float]]:
-    """Value, score of every item, and 95 % interval."""
+) -> tuple[float, list[float], tuple[float, float], dict[str, float]]:
+    """Value, score of every item, 95 % interval, and what else the metric tells."""
     references = [item.reference for item in task.items]
     result = _compute(task.metric, said, references)
-    scores = result["scores"]
-    if "words" in result:
-        return result[task.metric], scores, bootstrap(scores, result["words"], generator)
-    return result[task.metric], scores, wilson(sum(scores), len(scores))
+    value, scores = result.pop(task.metric), result.pop("scores")
+    words = result.pop("words", None)
+    if words is None:
+        return value, scores, wilson(sum(scores), len(scores)), result
+    return value, scores, bootstrap(scores, words, generator), result
 
 
 def majority_score(task: Task) -> float:

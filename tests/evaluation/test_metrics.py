@@ -97,4 +97,6 @@ def test_modules_load_by_path_as_evaluate_does(tmp_path: Path, monkeypatch) -> N
     metric = evaluate.load(str(METRICS_FOLDER / "exact_match.py"))
     result = metric.compute(predictions=["a cat"], references=["cat"])
     assert result["exact_match"] == 1.0
-    assert set(METRICS) == {"exact_match", "scene_match", "wer"}
+    metric = evaluate.load(str(METRICS_FOLDER / "yes_no.py"))
+    assert metric.compute(predictions=["Yes."], references=["yes"])["f1"] == 1.0
+    assert set(METRICS) == {"exact_match", "scene_match", "wer", "yes_no"}

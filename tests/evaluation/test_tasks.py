@@ -62,7 +62,7 @@ def test_rows_of_metrics_json(tasks: list[Task]) -> None:
         ("asr", None),
         ("text_qa", None),
     ]
-    fields = {"task", "metric", "value", "n", "low", "high", "baseline", "control"}
+    fields = {"task", "metric", "value", "n", "low", "high", "baseline", "control", "details"}
     assert all(set(row) == fields and row["n"] == 12 for row in rows)
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
 
@@ -77,8 +77,8 @@ def test_scores_and_interval_of_known_answers(world: Path) -> None:
     items = load_items(world / "test" / "image_qa.json", "image_qa")
     task = Task("image_qa", "exact_match", items)
     said = [f"The {item.reference}." for item in items[:9]] + ["no idea"] * 3
-    value, scores, interval = score(task, said, np.random.default_rng(0))
-    assert (value, scores) == (0.75, [1.0] * 9 + [0.0] * 3)
+    value, scores, interval, details = score(task, said, np.random.default_rng(0))
+    assert (value, scores, details) == (0.75, [1.0] * 9 + [0.0] * 3, {})
     assert interval == pytest.approx((0.4677, 0.9111), abs=5e-5)  # Wilson, 9 of 12
 
 
