@@ -27,9 +27,9 @@ space: $(READY)
 screenshots: $(READY)
 	$(BIN)/python -m tests.spaces_app.browser.screenshots runs/demo/artefact docs/images
 
-# Two files of tests at a time: much of their time is waiting.
+# Three files of tests at a time: much of their time is waiting.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 # Every way of loading, generating, adapting and pushing; writes the table of what works.
 conformance: $(READY)
