@@ -31,11 +31,7 @@ class TranscriptMixin:
             the conversations with every audio part turned into what `transcript_part` gives; those
             passed in are left as they are.
         """
-        if self.transcript_tokenizer is None:
-            raise ValueError(
-                "got a processor without transcript_tokenizer, expected one of the 'transcript', "
-                "'transcript_embeddings' or 'decoder' route"
-            )
+        self._require_transcript_tokenizer()
         if messages and isinstance(messages[0], dict):
             return self.transcribe([messages], model, **generate_kwargs)[0]
         sounding = [part for turns in messages for part in _parts(turns) if _is_unwritten(part)]
@@ -106,6 +102,7 @@ class TranscriptMixin:
             `[{"start": seconds, "end": seconds, "text": words}, ...]`. Where Whisper gives no time,
             a segment is a whole window.
         """
+        self._require_transcript_tokenizer()
         samples, rate = self.load_audio(recording), self.feature_extractor.sampling_rate
         windows, segments, begin = self.split_windows(samples), [], 0
         timed = FIRST_TIME in self.transcript_tokenizer.get_vocab()
@@ -156,6 +153,13 @@ class TranscriptMixin:
         marks = {*self.transcript_tokenizer.all_special_ids}
         marks |= self.transcript_tokenizer.added_tokens_decoder.keys()  # timestamps are added ones
         return text, [[i for i in row if i not in marks] for row in ids.tolist()]
+
+    def _require_transcript_tokenizer(self) -> None:
+        if self.transcript_tokenizer is None:
+            raise ValueError(
+                "got a processor without transcript_tokenizer, expected one of the 'transcript', "
+                "'transcript_embeddings' or 'decoder' route"
+            )
 
     def transcript_part(self, text: str, features: torch.Tensor | None = None) -> dict:
         """What stands in a message in the place of a recording.

@@ -70,6 +70,8 @@ def test_untranscribed_audio_is_refused(transcript_phi_mm, make_phi_mm):
         make_phi_mm()[0].transcribe(torch.zeros(1, 8, 100))
     with pytest.raises(ValueError, match="without transcript_tokenizer"):
         make_phi_mm()[1].transcribe(said, model)
+    with pytest.raises(ValueError, match="without transcript_tokenizer"):
+        make_phi_mm()[1].transcribe_segments(RECORDING, model)
 
 
 def test_windows_that_are_written_down_end_in_pauses(transcript_phi_mm):
