@@ -1,5 +1,6 @@
 """What the documents say can be typed, and the files that they name are there."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_commands_parse(document):
             load_recipe(ROOT / rest[0], rest[1:])
         else:
             assert words[0] == "pip", f"{document.name} names a command that no test knows: {line}"
+
+
+# The cards are templates: what is written of them is tried in tests of the Hub.
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if "card" not in d.name], ids=lambda path: path.name
+)
+def test_python_and_yaml_can_be_read(document):
+    text = document.read_text(encoding="utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        compile(block, document.name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    for block in re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        assert yaml.safe_load(block), block
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
